@@ -1,0 +1,184 @@
+//! What the command line asked for, checked in itself and ready to be built.
+
+use std::path::PathBuf;
+
+/// Everything the program needs to know to start.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The machine and what is in it.
+    pub machine: MachineConfig,
+    /// `-name`.
+    pub name: Option<String>,
+    /// `-S`: do not start the guest.
+    pub start_paused: bool,
+    /// `-no-reboot`: a guest reset ends the program.
+    pub no_reboot: bool,
+    /// `-pidfile`.
+    pub pidfile: Option<PathBuf>,
+    /// `-daemonize`.
+    pub daemonize: bool,
+    /// `-D FILE`: the log goes there instead of stderr.
+    pub log_file: Option<PathBuf>,
+    /// `-d ITEMS`: log items switched on at start.
+    pub log_items: Vec<String>,
+    /// Character devices by id: those of `-chardev` and those implied by other options.
+    pub chardevs: Vec<ChardevConfig>,
+    /// Monitors in the order given; the default is one on stdio.
+    pub monitors: Vec<MonitorConfig>,
+    /// `-incoming`.
+    pub incoming: Option<Incoming>,
+    /// `-global DRIVER.NAME=VALUE` that concern migration or hmpsh.
+    pub globals: Vec<Global>,
+    /// `-e CMD` in the order given, then the lines of `-script FILE`.
+    pub commands: Vec<String>,
+    /// `-script FILE`.
+    pub script: Option<PathBuf>,
+    /// `-prompt STR`; default `(qemu) `.
+    pub prompt: String,
+}
+
+/// The machine itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MachineConfig {
+    /// `-accel`; `None` when not given: KVM if it is there, else none with a line that says so.
+    pub accel: Option<Accel>,
+    /// `-cpu NAME`; default qemu64.
+    pub cpu: String,
+    /// `-m`, bytes.
+    pub memory: u64,
+    /// `-smp`, 1 to 16.
+    pub vcpus: u8,
+    /// `-uuid`.
+    pub uuid: Option<[u8; 16]>,
+    /// What the guest boots.
+    pub boot: Boot,
+    /// `-append`: for the built-in guest and for kernels.
+    pub append: String,
+    /// Chardev id of COM1; `None`: no serial device and no serial section.
+    pub serial: Option<String>,
+    /// `-M memory-backend=ID`: names and backs the main RAM block.
+    pub memory_backend: Option<MemoryBackend>,
+}
+
+/// What executes guest instructions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accel {
+    /// KVM.
+    Kvm,
+    /// Nothing: the guest stays paused, everything else works.
+    None,
+}
+
+/// What the guest boots.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Boot {
+    /// The self-checking guest that comes with hmpsh.
+    Builtin,
+    /// `-bios FILE`: a flat firmware image, a multiple of 64 KiB.
+    Bios(PathBuf),
+    /// `-kernel FILE` (and `-initrd FILE`).
+    Kernel {
+        /// The kernel image.
+        kernel: PathBuf,
+        /// The initial RAM disk.
+        initrd: Option<PathBuf>,
+    },
+}
+
+/// `-object memory-backend-…`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MemoryBackend {
+    /// `id=`; becomes the name of the RAM block.
+    pub id: String,
+    /// `size=`, bytes; must equal `-m`.
+    pub size: u64,
+    /// Where the bytes live.
+    pub kind: BackendKind,
+    /// `share=on`.
+    pub share: bool,
+}
+
+/// The three kinds of memory backend.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum BackendKind {
+    /// memory-backend-ram.
+    Ram,
+    /// memory-backend-file, with `mem-path`.
+    File(PathBuf),
+    /// memory-backend-memfd.
+    Memfd,
+}
+
+/// One character device.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChardevConfig {
+    /// Its id, as `info chardev` shows it (`serial0`, `compat_monitor0`, …).
+    pub id: String,
+    /// What it is.
+    pub kind: ChardevKind,
+}
+
+/// Kinds of character device built in this version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ChardevKind {
+    /// The process's own stdin and stdout.
+    Stdio,
+    /// Output to a file.
+    File(PathBuf),
+    /// A listening unix socket.
+    Unix {
+        /// Path of the socket.
+        path: PathBuf,
+        /// Listen (true) or connect.
+        server: bool,
+        /// Block the start until a client has connected.
+        wait: bool,
+    },
+    /// TCP.
+    Tcp {
+        /// Host; empty: every interface.
+        host: String,
+        /// Port or service name.
+        port: String,
+        /// Listen (true) or connect.
+        server: bool,
+        /// Block the start until a client has connected.
+        wait: bool,
+    },
+    /// A pseudo-terminal; its name is printed at start.
+    Pty,
+    /// Swallows output, never has input.
+    Null,
+    /// Memory, read with `ringbuf_read`.
+    Ringbuf {
+        /// Bytes, a power of two; default 65536.
+        size: usize,
+    },
+}
+
+/// One human monitor.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MonitorConfig {
+    /// The chardev it lives on.
+    pub chardev: String,
+}
+
+/// `-incoming`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Incoming {
+    /// A URI to listen on at once.
+    Uri(String),
+    /// Wait for `migrate_incoming`.
+    Defer,
+}
+
+/// `-global DRIVER.NAME=VALUE`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Global {
+    /// Before the first dot: `migration` or `hmpsh`.
+    pub driver: String,
+    /// Property name.
+    pub name: String,
+    /// Its value, not parsed.
+    pub value: String,
+}

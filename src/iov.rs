@@ -1,0 +1,157 @@
+//! Borrowed pieces of memory for gather writes and scatter reads.
+//!
+//! A migrated page goes from guest memory to `writev` and from `readv` to guest memory without a
+//! copy. Guest memory may change under us, so it can not be lent out as `&[u8]`; these wrappers
+//! carry the address and the lifetime and nothing else. This file is one of the rooms where
+//! `unsafe` may live.
+#![expect(unsafe_code, reason = "iovec arrays are raw pointers by definition")]
+
+use std::io;
+use std::marker::PhantomData;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Most pieces one system call takes (`UIO_MAXIOV`).
+pub const MAX_PIECES: usize = 1024;
+
+/// Bytes to be written from, for the lifetime `'a`.
+#[derive(Clone, Copy)]
+#[repr(transparent)]
+pub struct Out<'a>(libc::iovec, PhantomData<&'a [u8]>);
+
+/// Room to be read into, for the lifetime `'a`.
+#[repr(transparent)]
+pub struct In<'a>(libc::iovec, PhantomData<&'a mut [u8]>);
+
+// SAFETY: an `Out` is a shared borrow of bytes; sending it is sending that borrow.
+unsafe impl Send for Out<'_> {}
+// SAFETY: an `In` is an exclusive borrow of bytes; sending it is sending that borrow.
+unsafe impl Send for In<'_> {}
+
+impl<'a> From<&'a [u8]> for Out<'a> {
+    fn from(bytes: &'a [u8]) -> Self {
+        Self(
+            libc::iovec {
+                iov_base: bytes.as_ptr() as *mut _,
+                iov_len: bytes.len(),
+            },
+            PhantomData,
+        )
+    }
+}
+
+impl<'a> From<&'a mut [u8]> for In<'a> {
+    fn from(bytes: &'a mut [u8]) -> Self {
+        Self(
+            libc::iovec {
+                iov_base: bytes.as_mut_ptr().cast(),
+                iov_len: bytes.len(),
+            },
+            PhantomData,
+        )
+    }
+}
+
+impl<'a> Out<'a> {
+    /// A piece of memory that others may write meanwhile.
+    ///
+    /// # Safety
+    /// `ptr` must be readable for `len` bytes during `'a`.
+    pub unsafe fn from_raw(ptr: *const u8, len: usize) -> Self {
+        Self(
+            libc::iovec {
+                iov_base: ptr as *mut _,
+                iov_len: len,
+            },
+            PhantomData,
+        )
+    }
+
+    /// Length in bytes.
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "a piece is a span, not a collection"
+    )]
+    pub fn len(&self) -> usize {
+        self.0.iov_len
+    }
+
+    /// The same piece without its first `n` bytes (`n` at most its length).
+    pub fn skip(self, n: usize) -> Self {
+        assert!(n <= self.0.iov_len);
+        // SAFETY: n is at most the length, so the pointer stays within the piece or one past it.
+        unsafe { Self::from_raw(self.0.iov_base.cast::<u8>().add(n), self.0.iov_len - n) }
+    }
+
+    /// Appends the piece's bytes to `to` (in-memory channels; sockets use [`write`]).
+    pub fn copy_to(&self, to: &mut Vec<u8>) {
+        to.reserve(self.0.iov_len);
+        // SAFETY: the source is readable for iov_len bytes (constructor), the target has been
+        // reserved, and the two can not overlap: `to` owns its buffer.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                self.0.iov_base.cast::<u8>(),
+                to.as_mut_ptr().add(to.len()),
+                self.0.iov_len,
+            );
+            to.set_len(to.len() + self.0.iov_len);
+        }
+    }
+}
+
+impl<'a> In<'a> {
+    /// Room in memory that others may read or write meanwhile.
+    ///
+    /// # Safety
+    /// `ptr` must be writable for `len` bytes during `'a`, and only through raw pointers
+    /// elsewhere.
+    pub unsafe fn from_raw(ptr: *mut u8, len: usize) -> Self {
+        Self(
+            libc::iovec {
+                iov_base: ptr.cast(),
+                iov_len: len,
+            },
+            PhantomData,
+        )
+    }
+
+    /// Length in bytes.
+    #[expect(
+        clippy::len_without_is_empty,
+        reason = "a room is a span, not a collection"
+    )]
+    pub fn len(&self) -> usize {
+        self.0.iov_len
+    }
+
+    /// The same room without its first `n` bytes (`n` at most its length).
+    pub fn skip(self, n: usize) -> Self {
+        assert!(n <= self.0.iov_len);
+        // SAFETY: n is at most the length, so the pointer stays within the room or one past it;
+        // `self` is consumed, so the room is still borrowed once.
+        unsafe { Self::from_raw(self.0.iov_base.cast::<u8>().add(n), self.0.iov_len - n) }
+    }
+
+    /// Fills the room's first bytes from `bytes` and tells how many fitted.
+    pub fn fill(&mut self, bytes: &[u8]) -> usize {
+        let n = bytes.len().min(self.0.iov_len);
+        // SAFETY: the room is writable for iov_len >= n bytes; `bytes` is a live slice of others.
+        unsafe { std::ptr::copy(bytes.as_ptr(), self.0.iov_base.cast::<u8>(), n) };
+        n
+    }
+}
+
+/// `writev(2)`: returns the number of bytes the descriptor took. At most [`MAX_PIECES`] are used.
+pub fn write(fd: BorrowedFd<'_>, pieces: &[Out<'_>]) -> io::Result<usize> {
+    let count = pieces.len().min(MAX_PIECES) as libc::c_int;
+    // SAFETY: Out is a transparent iovec whose span is readable by construction.
+    let n = unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr().cast(), count) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// `readv(2)`: returns the number of bytes read, 0 at the end. At most [`MAX_PIECES`] are used.
+pub fn read(fd: BorrowedFd<'_>, rooms: &mut [In<'_>]) -> io::Result<usize> {
+    let count = rooms.len().min(MAX_PIECES) as libc::c_int;
+    // SAFETY: In is a transparent iovec whose span is writable by construction.
+    let n = unsafe { libc::readv(fd.as_raw_fd(), rooms.as_ptr().cast(), count) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}

@@ -1,0 +1,18 @@
+//! hmpsh: a human monitor, one KVM machine and a live-migration engine that speaks QEMU's stream.
+//!
+//! The modules stand on six floors; each uses only the floors below it and its own children
+//! (`tests/architecture.rs` holds that). ARCHITECTURE.md draws the map and walks it.
+
+// Floor 1: leaves.
+/// What the command line asked for.
+pub mod config;
+/// What the system said, in `strerror`'s words.
+pub mod errno;
+/// What happened, for whoever wants to tell the operator.
+pub mod event;
+/// Borrowed pieces of memory for gather writes and scatter reads.
+pub mod iov;
+/// Sizes as QEMU reads and prints them.
+pub mod units;
+/// One description of a device's fields: saver, loader and JSON describer read it.
+pub mod vmstate;
