@@ -3,6 +3,16 @@
 //! The modules stand on six floors; each uses only the floors below it and its own children
 //! (`tests/architecture.rs` holds that). ARCHITECTURE.md draws the map and walks it.
 
+// Floor 2: what a guest stands on.
+/// Character devices: where monitors and serial ports get their bytes.
+pub mod chardev;
+/// The log behind `-d`, `-D`, `log` and `logfile`.
+pub mod logger;
+/// The registry of descriptors, timers and wakeups the event loop waits for.
+pub mod poll;
+/// Sockets as chardevs and channels open them.
+pub mod socket;
+
 // Floor 1: leaves.
 /// What the command line asked for.
 pub mod config;
