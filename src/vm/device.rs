@@ -1,0 +1,8 @@
+//! Devices of the microvm, each with its state as QEMU migrates it.
+
+pub(crate) mod apic;
+pub(crate) mod bus;
+pub(crate) mod foreign;
+pub(crate) mod ioapic;
+pub(crate) mod kvmclock;
+pub(crate) mod serial;

@@ -1,0 +1,102 @@
+//! The seam between the engine and a machine: everything migration needs of a guest, and no more.
+//!
+//! `Machine` (KVM) implements it, and in tests a fake guest of a few pages does; the engine never
+//! sees KVM.
+
+use std::sync::Arc;
+
+use serde_json::Value;
+
+use super::dirty::DirtyLog;
+use super::memory::RamBlock;
+use super::run_state::RunState;
+use crate::vmstate::StateReader;
+
+/// What can go wrong with a guest, worded for the operator.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A KVM or other system call failed; `what` says which and with what value.
+    #[error("{what}: {source}")]
+    System {
+        /// What was tried.
+        what: String,
+        /// Why it failed.
+        source: std::io::Error,
+    },
+    /// A section of the stream does not fit this machine.
+    #[error("{0}")]
+    Section(String),
+    /// The request makes no sense in the present run state.
+    #[error("{0}")]
+    State(String),
+}
+
+/// Name, instance and version of a device section.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SectionHeader {
+    /// QEMU's section name, such as `cpu` or `serial`.
+    pub idstr: String,
+    /// Instance number among sections of the same name.
+    pub instance: u32,
+    /// Version of the body.
+    pub version: u32,
+}
+
+/// One device, saved: its body for the stream and its description for the trailing JSON.
+#[derive(Clone, Debug)]
+pub struct SavedSection {
+    /// What it is.
+    pub header: SectionHeader,
+    /// The bytes between header and footer.
+    pub body: Vec<u8>,
+    /// The members `vmsd_name`, `version`, `fields`, `subsections` (stream spec §1.6).
+    pub description: Value,
+}
+
+/// A machine that can be moved.
+pub trait Guest: Send + Sync {
+    /// Machine type in the stream's configuration section (`microvm`).
+    fn machine_type(&self) -> &str;
+
+    /// RAM blocks in the order they are announced, biggest first.
+    fn ram(&self) -> &[Arc<RamBlock>];
+
+    /// The dirty log over exactly those blocks.
+    fn dirty_log(&self) -> &dyn DirtyLog;
+
+    /// Present run state.
+    fn run_state(&self) -> RunState;
+
+    /// Brings every vCPU to rest with its pending I/O completed and enters `state`. A guest that
+    /// is at rest only changes the state. A guest that turns out to have ended by itself (KVM gave
+    /// up on it) is an error, and keeps the run state that says so.
+    fn stop(&self, state: RunState) -> Result<(), Error>;
+
+    /// Runs the guest (or goes on running it).
+    fn start(&self) -> Result<(), Error>;
+
+    /// Saves every device of a guest at rest, in stream order, without `globalstate`.
+    fn save_devices(&self) -> Result<Vec<SavedSection>, Error>;
+
+    /// The sections this machine saves, in order, without their bodies.
+    fn sections(&self) -> Vec<SectionHeader>;
+
+    /// Begins loading device state: sections are decoded and checked into the loader, and touch
+    /// the guest only in [`DeviceLoader::apply`].
+    fn loader(&self) -> Box<dyn DeviceLoader + '_>;
+}
+
+/// Device state on its way in: decode and check everything, then apply (two phases).
+pub trait DeviceLoader {
+    /// Decodes one FULL section's body, up to but without its footer. Sections that QEMU sends
+    /// and this machine has no use for are decoded and dropped; an unknown one is an error that
+    /// names it, with QEMU's wording.
+    fn load(&mut self, header: &SectionHeader, body: &mut dyn StateReader) -> Result<(), Error>;
+
+    /// Names of sections this machine needs that have not arrived.
+    fn missing(&self) -> Vec<String>;
+
+    /// Puts everything into the guest, which is at rest. The first value that KVM refuses is an
+    /// error with its name; the machine must then be thrown away.
+    fn apply(self: Box<Self>) -> Result<(), Error>;
+}

@@ -1,0 +1,140 @@
+//! Loading a machine in two phases: decode and check every section, then apply them all.
+
+use super::Machine;
+use crate::vm::accel::{State, Update};
+use crate::vm::cpu_state::CpuState;
+use crate::vm::device::apic::Apic;
+use crate::vm::device::foreign;
+use crate::vm::device::ioapic::IoApic;
+use crate::vm::device::kvmclock::KvmClock;
+use crate::vm::device::serial::SerialSection;
+use crate::vm::device::serial::uart::Uart;
+use crate::vm::guest::{DeviceLoader, Error, Guest, SectionHeader};
+use crate::vmstate::{self, StateReader, VmState};
+
+/// Sections on their way in.
+pub(super) struct Loader<'a> {
+    machine: &'a Machine,
+    update: Update,
+    serial: Option<Uart>,
+    /// What a section leaves out keeps its value at reset.
+    at_reset: State,
+}
+
+impl<'a> Loader<'a> {
+    pub(super) fn new(machine: &'a Machine) -> Self {
+        let update = Update {
+            cpus: (0..machine.vcpus).map(|_| (None, None)).collect(),
+            ..Update::default()
+        };
+        Self {
+            machine,
+            update,
+            serial: None,
+            at_reset: machine.accel.reset_state(),
+        }
+    }
+}
+
+impl DeviceLoader for Loader<'_> {
+    fn load(&mut self, header: &SectionHeader, body: &mut dyn StateReader) -> Result<(), Error> {
+        let SectionHeader {
+            idstr,
+            instance,
+            version,
+        } = header;
+        let index = *instance as usize;
+        match idstr.as_str() {
+            CpuState::NAME if index < self.machine.vcpus => {
+                let cpu = self.at_reset.cpus[index].0.to_load_into();
+                self.update.cpus[index].0 = Some(decoded(cpu, header, body)?);
+            }
+            Apic::NAME if index < self.machine.vcpus => {
+                let apic = self.at_reset.cpus[index].1.clone();
+                self.update.cpus[index].1 = Some(decoded(apic, header, body)?);
+            }
+            IoApic::NAME if index == 0 => {
+                self.update.ioapic = Some(decoded(IoApic::default(), header, body)?);
+            }
+            KvmClock::NAME if index == 0 => {
+                self.update.clock = Some(decoded(KvmClock::at(0), header, body)?);
+            }
+            SerialSection::NAME if index == 0 && self.machine.serial.is_some() => {
+                let section = decoded(SerialSection(Uart::incoming()), header, body)?;
+                self.serial = Some(section.0);
+            }
+            name => {
+                let vcpus = self.machine.vcpus as u32;
+                let Some(dropped) = foreign::drop_section(name, *instance, *version, vcpus, body)
+                else {
+                    return Err(Error::Section(format!(
+                        "Unknown savevm section or instance '{idstr}' {instance}. Make sure that \
+                         your current VM setup matches your saved VM setup, including any \
+                         hotplugged devices"
+                    )));
+                };
+                dropped.map_err(|error| refused(header, &error))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn missing(&self) -> Vec<String> {
+        let has = |header: &SectionHeader| {
+            let index = header.instance as usize;
+            match header.idstr.as_str() {
+                CpuState::NAME => self.update.cpus[index].0.is_some(),
+                Apic::NAME => self.update.cpus[index].1.is_some(),
+                IoApic::NAME => self.update.ioapic.is_some(),
+                KvmClock::NAME => self.update.clock.is_some(),
+                _ => self.serial.is_some(),
+            }
+        };
+        let all = self.machine.sections();
+        let missing = all.iter().filter(|header| !has(header));
+        missing
+            .map(|header| format!("{} {}", header.idstr, header.instance))
+            .collect()
+    }
+
+    fn apply(self: Box<Self>) -> Result<(), Error> {
+        if self.machine.current_run_state().is_running() {
+            return Err(Error::State("a running guest can not be loaded".to_owned()));
+        }
+        self.machine.accel.restore(self.update)?;
+        // After the I/O APIC: restoring a device drives its interrupt line.
+        if let (Some(serial), Some(uart)) = (&self.machine.serial, self.serial) {
+            serial.restore(uart);
+        }
+        Ok(())
+    }
+}
+
+/// Decodes a section into `state`.
+fn decoded<T: VmState>(
+    mut state: T,
+    header: &SectionHeader,
+    body: &mut dyn StateReader,
+) -> Result<T, Error> {
+    vmstate::load(&mut state, header.version, body).map_err(|error| refused(header, &error))?;
+    Ok(state)
+}
+
+/// QEMU's words for a section that can not be loaded, and what is wrong with it.
+fn refused(header: &SectionHeader, error: &vmstate::Error) -> Error {
+    let SectionHeader {
+        idstr, instance, ..
+    } = header;
+    Error::Section(match error {
+        vmstate::Error::TooNew {
+            name,
+            version,
+            local,
+        } if name == idstr => {
+            format!("savevm: unsupported version {version} for '{idstr}' v{local}")
+        }
+        error => format!(
+            "error while loading state for instance {instance:#x} of device '{idstr}': {error}"
+        ),
+    })
+}

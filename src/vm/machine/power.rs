@@ -1,0 +1,217 @@
+//! Running, stopping and resetting a machine.
+//!
+//! Whoever changes between running and not running holds the lifecycle lock. A guest that resets
+//! itself does so on a vCPU's thread, which can not wait for itself: the request is noted there
+//! and served by a thread of its own, or by whoever stops the machine first, so that a stopped
+//! machine never has a reset outstanding.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
+
+use super::Machine;
+use crate::event::Event;
+use crate::vm::guest::Error;
+use crate::vm::run_state::RunState;
+use crate::vm::vcpu::Report;
+
+impl Machine {
+    /// Resets the machine as `system_reset` does; a running guest goes on running, from the start.
+    pub fn reset(&self) -> Result<(), Error> {
+        let _lifecycle = self.lock_lifecycle();
+        self.reset_locked()
+    }
+
+    /// Sets the run state of a guest that is not running (`inmigrate`, `prelaunch`, …).
+    pub fn set_run_state(&self, state: RunState) {
+        *self.lock_run_state() = state;
+    }
+
+    /// Whether a guest that resets itself starts again (the default), or stops in run state
+    /// `shutdown` with [`Event::Shutdown`] (`-no-reboot`). [`Self::reset`] always starts it again.
+    pub fn set_reboots(&self, reboots: bool) {
+        self.reboots.store(reboots, Ordering::SeqCst);
+    }
+
+    pub(super) fn current_run_state(&self) -> RunState {
+        *self.lock_run_state()
+    }
+
+    pub(super) fn start_guest(&self) -> Result<(), Error> {
+        let _lifecycle = self.lock_lifecycle();
+        if self.current_run_state().is_running() {
+            return Ok(());
+        }
+        self.resume()?;
+        self.set_run_state(RunState::Running);
+        (self.events)(Event::Resume);
+        Ok(())
+    }
+
+    pub(super) fn stop_guest(&self, state: RunState) -> Result<(), Error> {
+        let _lifecycle = self.lock_lifecycle();
+        if !self.current_run_state().is_running() {
+            self.set_run_state(state);
+            return Ok(());
+        }
+        self.rest()?;
+        self.set_run_state(state);
+        (self.events)(Event::Stop);
+        match self.reports.take() {
+            None => Ok(()),
+            Some(Report::Shutdown) if self.reboots.load(Ordering::SeqCst) => self.load_reset(),
+            Some(report) => Err(Error::State(self.end(report))),
+        }
+    }
+
+    /// Puts the program into memory and, for a kernel, the boot vCPU at its entry.
+    pub(super) fn boot(&self) -> Result<(), Error> {
+        let Some(entry) = self.program.load(&self.map)? else {
+            return Ok(());
+        };
+        let mut state = self.accel.reset_state();
+        if let Some((boot_cpu, _)) = state.cpus.first_mut() {
+            boot_cpu.enter_pvh(entry.address, entry.start_info);
+        }
+        self.accel.restore(state.into_reset())
+    }
+
+    /// A vCPU rests because the guest reset itself, or because KVM can not go on; serves that
+    /// unless somebody has.
+    fn serve_report(&self) -> Result<(), Error> {
+        let _lifecycle = self.lock_lifecycle();
+        match self.reports.take() {
+            None => Ok(()),
+            Some(Report::Shutdown) if self.reboots.load(Ordering::SeqCst) => self.reset_locked(),
+            Some(report) => {
+                self.rest()?;
+                (self.events)(Event::Stop);
+                self.end(report);
+                Ok(())
+            }
+        }
+    }
+
+    /// Enters the state of a machine at rest that can not go on, tells of it, and says why.
+    fn end(&self, report: Report) -> String {
+        match report {
+            Report::Shutdown => {
+                self.set_run_state(RunState::Shutdown);
+                (self.events)(Event::Shutdown("guest-reset".to_owned()));
+                "the guest has shut down".to_owned()
+            }
+            Report::Failed(why) => {
+                self.set_run_state(RunState::InternalError);
+                (self.events)(Event::Notice(why.clone()));
+                why
+            }
+        }
+    }
+
+    fn reset_locked(&self) -> Result<(), Error> {
+        let state = self.current_run_state();
+        if state.is_running() {
+            self.rest()?;
+            self.load_reset()?;
+            return self.resume();
+        }
+        self.load_reset()?;
+        if !matches!(state, RunState::InMigrate | RunState::FinishMigrate) {
+            self.set_run_state(RunState::Prelaunch);
+        }
+        Ok(())
+    }
+
+    /// Everything as at power on, the program loaded anew.
+    fn load_reset(&self) -> Result<(), Error> {
+        self.reports.take();
+        self.accel.restore(self.accel.reset_state().into_reset())?;
+        if let Some(serial) = &self.serial {
+            serial.restore(Default::default());
+        }
+        self.boot()?;
+        (self.events)(Event::Reset);
+        Ok(())
+    }
+
+    fn resume(&self) -> Result<(), Error> {
+        let Some(kvm) = self.accel.kvm() else {
+            return Err(Error::State(
+                "This machine can not run: it has no accelerator (-accel none)".to_owned(),
+            ));
+        };
+        if let Some(serial) = &self.serial {
+            serial.set_running(true);
+        }
+        kvm.start()
+    }
+
+    fn rest(&self) -> Result<(), Error> {
+        if let Some(kvm) = self.accel.kvm() {
+            kvm.stop()?;
+        }
+        if let Some(serial) = &self.serial {
+            serial.set_running(false);
+        }
+        Ok(())
+    }
+
+    fn lock_lifecycle(&self) -> MutexGuard<'_, ()> {
+        self.lifecycle
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_run_state(&self) -> MutexGuard<'_, RunState> {
+        self.run_state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What vCPUs have reported and nobody has served yet.
+#[derive(Default)]
+pub(super) struct Reports {
+    pending: Mutex<Option<Report>>,
+}
+
+impl Reports {
+    /// Notes a report, on the vCPU's thread, before that vCPU counts as resting. A second one
+    /// adds nothing, unless it is a failure.
+    fn note(&self, report: Report) {
+        let mut pending = self.lock();
+        if pending.is_none() || report != Report::Shutdown {
+            *pending = Some(report);
+        }
+    }
+
+    fn take(&self) -> Option<Report> {
+        self.lock().take()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Report>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Takes a vCPU's report on its own thread and has it served on another: a machine waits for its
+/// vCPUs, and so does its end.
+pub(super) fn accept(reports: &Reports, machine: Option<&Weak<Machine>>, report: Report) {
+    reports.note(report);
+    let Some(machine) = machine.map(Weak::clone) else {
+        return;
+    };
+    let serve = move || {
+        if let Some(machine) = machine.upgrade()
+            && let Err(error) = machine.serve_report()
+        {
+            (machine.events)(Event::Notice(error.to_string()));
+        }
+    };
+    if let Err(error) = std::thread::Builder::new()
+        .name("machine".to_owned())
+        .spawn(serve)
+    {
+        // The report stays pending; the next stop serves it.
+        log::error!("could not start a thread for a vCPU's report: {error}");
+    }
+}

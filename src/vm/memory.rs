@@ -1,0 +1,412 @@
+//! RAM blocks: the memory a guest sees and the engine moves.
+//!
+//! A [`RamBlock`] owns one mapping, named as QEMU names it on the wire (`microvm.ram`, `pc.bios`).
+//! Where a block appears in guest-physical space is the machine's business (`vm::map`). Pages are
+//! handed out as [`Page`]: an address with a lifetime, because the guest may write at any instant.
+//! This file is one of the rooms where `unsafe` may live.
+#![expect(
+    unsafe_code,
+    reason = "guest memory is shared with the guest: raw pointers only"
+)]
+
+mod hash;
+
+use std::io;
+use std::marker::PhantomData;
+
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd};
+use std::sync::Arc;
+
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{FileOffset, MmapRegion};
+
+use super::page_bits::{PageBits, WriteLog};
+use crate::iov::{In, Out};
+
+/// Bytes of a page, on the wire and in the dirty log.
+pub const PAGE_SIZE: usize = 4096;
+
+/// Where a block's bytes live.
+pub enum Backing {
+    /// Private anonymous memory, huge pages where the host has them.
+    Anonymous,
+    /// A file or memfd; `share` makes guest writes visible in it.
+    File {
+        /// The file and the offset the block starts at.
+        file: FileOffset,
+        /// `MAP_SHARED` instead of `MAP_PRIVATE`.
+        share: bool,
+    },
+}
+
+/// One named piece of guest RAM, a multiple of [`PAGE_SIZE`] long.
+#[derive(Debug)]
+pub struct RamBlock {
+    name: String,
+    region: MmapRegion<()>,
+    anonymous: bool,
+}
+
+impl RamBlock {
+    /// Maps `len` bytes (a multiple of [`PAGE_SIZE`], not 0), all zero unless `backing` has content.
+    pub fn new(name: &str, len: u64, backing: Backing) -> io::Result<Self> {
+        let bytes = usize::try_from(len).map_err(io::Error::other)?;
+        if bytes == 0 || !bytes.is_multiple_of(PAGE_SIZE) {
+            return Err(io::Error::other(format!(
+                "RAM block of {len} bytes is not whole pages"
+            )));
+        }
+        let mut builder =
+            MmapRegionBuilder::new(bytes).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+        let anonymous = matches!(backing, Backing::Anonymous);
+        builder = match backing {
+            Backing::Anonymous => builder
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
+            Backing::File { file, share } => builder.with_file_offset(file).with_mmap_flags(
+                if share {
+                    libc::MAP_SHARED
+                } else {
+                    libc::MAP_PRIVATE
+                } | libc::MAP_NORESERVE,
+            ),
+        };
+        let region = builder.build().map_err(io::Error::other)?;
+        let block = Self {
+            name: name.to_owned(),
+            region,
+            anonymous,
+        };
+        if anonymous {
+            // Advice only: without huge pages everything works, the first touch is slower.
+            // SAFETY: the range is exactly the mapping made above.
+            unsafe { libc::madvise(block.host().cast(), bytes, libc::MADV_HUGEPAGE) };
+        }
+        // Guest memory does not belong into core dumps. SAFETY: as above.
+        unsafe { libc::madvise(block.host().cast(), bytes, libc::MADV_DONTDUMP) };
+        Ok(block)
+    }
+
+    /// The block's name on the wire.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Length in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a block is never empty")]
+    pub fn len(&self) -> u64 {
+        self.region.size() as u64
+    }
+
+    /// Length in pages.
+    pub fn pages(&self) -> usize {
+        self.region.size() / PAGE_SIZE
+    }
+
+    /// Whether untouched pages are known to be zero because nothing but this mapping backs them.
+    pub fn is_anonymous(&self) -> bool {
+        self.anonymous
+    }
+
+    /// Host address of the first byte, for KVM memory slots and `gpa2hva`.
+    pub fn host(&self) -> *mut u8 {
+        self.region.as_ptr()
+    }
+
+    /// A second view of `len` bytes from `offset` on, for vm-memory; writes through it are marked
+    /// in `bits`.
+    pub(super) fn view(
+        self: &Arc<Self>,
+        offset: usize,
+        len: usize,
+        bits: &Arc<PageBits>,
+    ) -> io::Result<MmapRegion<WriteLog>> {
+        if offset
+            .checked_add(len)
+            .is_none_or(|end| end > self.region.size())
+        {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        let log = WriteLog::new(Arc::clone(self), Arc::clone(bits), offset);
+        let builder = MmapRegionBuilder::new_with_bitmap(len, log)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
+        // SAFETY: offset + len lies within the mapping (checked above), and the log inside the
+        // view holds the block, so that the mapping outlives it.
+        unsafe { builder.with_raw_mmap_pointer(self.host().add(offset)) }
+            .build()
+            .map_err(io::Error::other)
+    }
+
+    /// Calls `found` with every run of pages that may differ from zero: those ever touched of
+    /// anonymous memory, all of other memory.
+    pub(super) fn populated(&self, mut found: impl FnMut(Range<usize>)) -> io::Result<()> {
+        if !self.anonymous {
+            found(0..self.pages());
+            return Ok(());
+        }
+        match self.scan_pagemap(&mut found) {
+            // Kernels before 6.7 do not know the request.
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOTTY | libc::EINVAL)) => {
+                self.read_pagemap(&mut found)
+            }
+            result => result,
+        }
+    }
+
+    fn scan_pagemap(&self, found: &mut impl FnMut(Range<usize>)) -> io::Result<()> {
+        let pagemap = std::fs::File::open("/proc/self/pagemap")?;
+        let start = self.host() as u64;
+        let end = start + self.len();
+        let mut regions = [PageRegion::default(); 256];
+        let mut scan = PmScanArg {
+            size: size_of::<PmScanArg>() as u64,
+            start,
+            end,
+            vec: regions.as_mut_ptr() as u64,
+            vec_len: regions.len() as u64,
+            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            return_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            ..PmScanArg::default()
+        };
+        while scan.start < end {
+            // SAFETY: the request reads and writes `scan` and writes at most vec_len of the regions.
+            let count = unsafe { libc::ioctl(pagemap.as_raw_fd(), PAGEMAP_SCAN, &raw mut scan) };
+            let count = usize::try_from(count).map_err(|_| io::Error::last_os_error())?;
+            for region in &regions[..count.min(regions.len())] {
+                let page = |address: u64| ((address - start) / PAGE_SIZE as u64) as usize;
+                found(page(region.start)..page(region.end));
+            }
+            if scan.walk_end <= scan.start {
+                return Err(io::Error::other("pagemap scan does not advance"));
+            }
+            scan.start = scan.walk_end;
+        }
+        Ok(())
+    }
+
+    fn read_pagemap(&self, found: &mut impl FnMut(Range<usize>)) -> io::Result<()> {
+        let pagemap = std::fs::File::open("/proc/self/pagemap")?;
+        let first = self.host() as u64 / PAGE_SIZE as u64;
+        let mut entries = vec![0; 64 * 1024];
+        let mut page = 0;
+        while page < self.pages() {
+            let len = entries.len().min((self.pages() - page) * 8);
+            let read = rustix::io::pread(
+                pagemap.as_fd(),
+                &mut entries[..len],
+                (first + page as u64) * 8,
+            )?;
+            if read < 8 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            let mut run = page..page;
+            for (index, entry) in entries[..read].chunks_exact(8).enumerate() {
+                // Present or swapped out: the two top bits of a little-endian word.
+                if entry[7] & 0xc0 != 0 {
+                    if run.end != page + index {
+                        run = page + index..page + index;
+                    }
+                    run.end += 1;
+                } else if !run.is_empty() {
+                    found(run.clone());
+                    run = page..page;
+                }
+            }
+            if !run.is_empty() {
+                found(run);
+            }
+            page += read / 8;
+        }
+        Ok(())
+    }
+
+    /// The page with that index.
+    ///
+    /// # Panics
+    /// When `index` is not below [`Self::pages`].
+    #[inline]
+    pub fn page(&self, index: usize) -> Page<'_> {
+        assert!(
+            index < self.pages(),
+            "page {index} is outside {}",
+            self.name
+        );
+        // SAFETY: index is below the number of pages, so the offset lies within the mapping.
+        let at = unsafe { self.host().add(index * PAGE_SIZE) };
+        Page {
+            at,
+            of: PhantomData,
+        }
+    }
+}
+
+/// One page of guest memory. The guest may change it at any time.
+#[derive(Clone, Copy)]
+pub struct Page<'a> {
+    at: *mut u8,
+    of: PhantomData<&'a RamBlock>,
+}
+
+impl<'a> Page<'a> {
+    /// The page as bytes, for reading only, with the caveat of every user of live guest memory:
+    /// a byte may change between two reads. All callers here treat the bytes as opaque and redo
+    /// the page when the dirty log says that it changed.
+    #[inline]
+    fn bytes(&self) -> &'a [u8; PAGE_SIZE] {
+        // SAFETY: the page lies in a live mapping of 'a and u8 has no invalid values. Concurrent
+        // guest stores are outside the compiler's view, as with memory shared with a device; no
+        // decision that memory safety rests on is taken from these bytes.
+        unsafe { &*self.at.cast() }
+    }
+
+    /// Whether all 4096 bytes are zero.
+    #[inline]
+    pub fn is_zero(&self) -> bool {
+        let bytes = self.bytes();
+        // Most pages that are not zero say so early: look at the ends before reading it all.
+        if bytes[0] != 0 || bytes[PAGE_SIZE - 1] != 0 {
+            return false;
+        }
+        bytes
+            .chunks_exact(256)
+            .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+    }
+
+    /// XXH3-64 of the content, seeded (the engine seeds it with the page's address).
+    #[inline]
+    pub fn hash(&self, seed: u64) -> u64 {
+        hash::page(self.bytes(), seed)
+    }
+
+    /// The page as a piece for a gather write.
+    #[inline]
+    pub fn out(&self) -> Out<'a> {
+        // SAFETY: the page is readable during 'a.
+        unsafe { Out::from_raw(self.at, PAGE_SIZE) }
+    }
+
+    /// The page as room for a scatter read.
+    #[inline]
+    pub fn room(&self) -> In<'a> {
+        // SAFETY: the page is writable during 'a and only ever reached through raw pointers.
+        unsafe { In::from_raw(self.at, PAGE_SIZE) }
+    }
+
+    /// Copies the page's bytes out.
+    pub fn read(&self, to: &mut [u8; PAGE_SIZE]) {
+        // SAFETY: both spans are PAGE_SIZE long; `to` is exclusive and so does not overlap.
+        unsafe { std::ptr::copy_nonoverlapping(self.at, to.as_mut_ptr(), PAGE_SIZE) };
+    }
+
+    /// Overwrites the page.
+    pub fn write(&self, from: &[u8; PAGE_SIZE]) {
+        // SAFETY: as for read, the other way round.
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.at, PAGE_SIZE) };
+    }
+
+    /// Makes the page zero. A page that reads as zero already is left untouched, so that memory
+    /// that was never populated stays so.
+    pub fn clear(&self) {
+        if !self.is_zero() {
+            // SAFETY: the page is writable for PAGE_SIZE bytes.
+            unsafe { std::ptr::write_bytes(self.at, 0, PAGE_SIZE) };
+        }
+    }
+}
+
+/// `struct pm_scan_arg` of linux/fs.h.
+#[derive(Default)]
+#[repr(C)]
+struct PmScanArg {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region` of linux/fs.h.
+#[derive(Clone, Copy, Default)]
+#[repr(C)]
+struct PageRegion {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+const _: () = assert!(size_of::<PmScanArg>() == 96 && size_of::<PageRegion>() == 24);
+
+/// `_IOWR('f', 16, struct pm_scan_arg)`.
+const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    fn populated(block: &RamBlock) -> Vec<usize> {
+        let mut pages = Vec::new();
+        block.populated(|run| pages.extend(run)).unwrap();
+        pages
+    }
+
+    #[test]
+    fn only_touched_pages_are_populated_by_either_way() {
+        let block = RamBlock::new("test", 256 << 20, Backing::Anonymous).unwrap();
+        assert!(populated(&block).is_empty());
+        // Pages of the same and of different huge pages, and the last one.
+        for page in [0, 1, 700, 5000, 65535] {
+            block.page(page).write(&[1; PAGE_SIZE]);
+        }
+        let scanned = populated(&block);
+        assert!(
+            [0, 1, 700, 5000, 65535]
+                .iter()
+                .all(|page| scanned.contains(page))
+        );
+        assert!(scanned.len() <= 5 * 512, "at most one huge page each");
+        let mut read = Vec::new();
+        block.read_pagemap(&mut |run| read.extend(run)).unwrap();
+        assert_eq!(read, scanned);
+    }
+
+    #[test]
+    fn a_huge_untouched_block_is_looked_through_fast() {
+        let block = RamBlock::new("test", 8 << 30, Backing::Anonymous).unwrap();
+        block.page(12345).write(&[1; PAGE_SIZE]);
+        let mut read = Vec::new();
+        let start = Instant::now();
+        block.read_pagemap(&mut |run| read.extend(run)).unwrap();
+        let fallback = start.elapsed();
+        assert_eq!(populated(&block), read);
+        assert!(fallback.as_millis() < 1000, "{fallback:?} for 8 GiB");
+    }
+
+    #[test]
+    fn a_file_is_populated_throughout() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(8 * PAGE_SIZE as u64).unwrap();
+        let backing = Backing::File {
+            file: FileOffset::new(file, 0),
+            share: true,
+        };
+        let block = RamBlock::new("test", 8 * PAGE_SIZE as u64, backing).unwrap();
+        assert_eq!(populated(&block), (0..8).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn odd_lengths_are_refused() {
+        assert!(RamBlock::new("test", 5000, Backing::Anonymous).is_err());
+        assert!(RamBlock::new("test", 0, Backing::Anonymous).is_err());
+    }
+}
