@@ -3,6 +3,10 @@
 //! The modules stand on six floors; each uses only the floors below it and its own children
 //! (`tests/architecture.rs` holds that). ARCHITECTURE.md draws the map and walks it.
 
+// Floor 4: migration.
+/// The live-migration engine: both scripts, the stream, RAM, channels.
+pub mod migration;
+
 // Floor 3: the guest.
 /// The KVM machine, and the [`vm::guest::Guest`] seam the engine sees it through.
 pub mod vm;

@@ -1,0 +1,64 @@
+//! The passing of the guest, as the destination sees it.
+
+use std::time::Duration;
+
+use super::{Arrival, Source};
+use crate::migration::Error;
+use crate::migration::globalstate;
+use crate::migration::return_path::{Message, say};
+use crate::migration::section::{COMMAND, Command};
+use crate::vm::run_state::RunState;
+
+impl Arrival<'_> {
+    /// Everything is in the guest: waits for the source to let go, and enters the guest's state.
+    pub(super) fn hand_over(&mut self) -> Result<RunState, Error> {
+        // A source that sends no state had `store-global-state` off: QEMU runs such a guest.
+        let received = self.state.unwrap_or(RunState::Running);
+        let state = globalstate::entered(received, self.order.autostart);
+        match self.source {
+            Source::Hmpsh => self.take_from_hmpsh(state),
+            Source::Listening => self.take_from_stock(state),
+            Source::Unknown => self.enter(state),
+        }
+    }
+
+    fn take_from_hmpsh(&mut self, state: RunState) -> Result<RunState, Error> {
+        say(self.reader.channel(), &Message::Loaded)?;
+        while self.reader.u8()? == COMMAND {
+            if self.command()? == Command::Go {
+                self.enter(state)?;
+                // The guest is here whether or not the source gets to hear it.
+                if let Err(fault) = say(self.reader.channel(), &Message::Running) {
+                    log::warn!("The source was not told that the guest is here: {fault}");
+                }
+                return Ok(state);
+            }
+        }
+        Err(Error::stream("Something else than GO came after the end"))
+    }
+
+    /// A stock QEMU resumes the guest if it does not hear SHUT, so SHUT must have reached it
+    /// before the guest may run here. If that stays unknown, the guest stays paused here.
+    fn take_from_stock(&mut self, state: RunState) -> Result<RunState, Error> {
+        say(self.reader.channel(), &Message::Shut(0))?;
+        if self.reader.channel().drain(DRAIN) {
+            return self.enter(state);
+        }
+        self.doubt = Some(DOUBT);
+        self.enter(RunState::Paused)
+    }
+
+    fn enter(&mut self, state: RunState) -> Result<RunState, Error> {
+        match state {
+            RunState::Running => self.order.guest.start()?,
+            other => self.order.guest.stop(other)?,
+        }
+        Ok(state)
+    }
+}
+
+/// How long SHUT may take to reach a stock source's kernel.
+const DRAIN: Duration = Duration::from_secs(1);
+const DOUBT: &str = "The source has not taken the last message within a second and may have \
+                     resumed the guest: look with `info status` there; if it has not, `cont -f` \
+                     runs it here";

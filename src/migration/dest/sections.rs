@@ -1,0 +1,163 @@
+//! Everything between configuration and EOF: sections, their footers, and commands.
+
+use super::{Arrival, Source};
+use crate::migration::Error;
+use crate::migration::globalstate;
+use crate::migration::manifest::Manifest;
+use crate::migration::ram;
+use crate::migration::return_path::{HAIL, Message, REPLY, say};
+use crate::migration::section::{
+    COMMAND, Command, END, EOF, FOOTER, FULL, PART, START, unknown_section,
+};
+use crate::migration::stats::Status;
+use crate::vm::guest::SectionHeader;
+
+impl Arrival<'_> {
+    /// Reads up to and including EOF.
+    pub(super) fn sections(&mut self) -> Result<(), Error> {
+        loop {
+            match self.reader.u8()? {
+                EOF => return Ok(()),
+                START => self.start()?,
+                kind @ (PART | END) => self.piece(kind == END)?,
+                FULL => self.device()?,
+                COMMAND => match self.command()? {
+                    Command::Go => return Err(Error::stream("GO came before the end")),
+                    _ => continue,
+                },
+                other => {
+                    return Err(Error::Stream(format!(
+                        "Unknown savevm section type {other}"
+                    )));
+                }
+            }
+            self.show(Status::Active, None);
+        }
+    }
+
+    fn start(&mut self) -> Result<(), Error> {
+        let (id, header) = self.header_of_section()?;
+        if (&*header.idstr, header.instance) != (ram::IDSTR, 0) {
+            return Err(Error::Stream(unknown_section(
+                &header.idstr,
+                header.instance,
+            )));
+        }
+        self.ram.setup(&mut self.reader, &header, id)?;
+        self.footer(&header.idstr, id)
+    }
+
+    fn piece(&mut self, is_end: bool) -> Result<(), Error> {
+        let id = self.reader.be32()?;
+        self.ram.load(&mut self.reader, id, is_end)?;
+        self.footer(ram::IDSTR, id)
+    }
+
+    fn device(&mut self) -> Result<(), Error> {
+        let (id, header) = self.header_of_section()?;
+        if !self.seen.insert((header.idstr.clone(), header.instance)) {
+            let name = header.idstr.escape_default();
+            let text = format!("Section '{name}' {} came twice", header.instance);
+            return Err(Error::Stream(text));
+        }
+        if (&*header.idstr, header.instance) == (globalstate::IDSTR, 0) {
+            self.state = Some(globalstate::load(&mut self.reader, header.version)?);
+        } else if let Some(loader) = &mut self.loader {
+            let result = loader.load(&header, &mut self.reader);
+            // What the device saw as a failed read has a better name here.
+            if let Some(fault) = self.reader.take_fault() {
+                return Err(fault);
+            }
+            result?;
+        }
+        self.footer(&header.idstr, id)
+    }
+
+    fn header_of_section(&mut self) -> Result<(u32, SectionHeader), Error> {
+        let id = self.reader.be32()?;
+        let idstr = self.reader.cstr()?;
+        let (instance, version) = (self.reader.be32()?, self.reader.be32()?);
+        Ok((
+            id,
+            SectionHeader {
+                idstr,
+                instance,
+                version,
+            },
+        ))
+    }
+
+    fn footer(&mut self, name: &str, id: u32) -> Result<(), Error> {
+        if self.reader.u8()? != FOOTER {
+            return Err(Error::Stream(format!("Missing section footer for {name}")));
+        }
+        match self.reader.be32()? {
+            found if found == id => Ok(()),
+            found => Err(Error::Stream(format!(
+                "Mismatched section id in footer for {name} - read {found:#x} expected {id:#x}"
+            ))),
+        }
+    }
+
+    /// Reads and obeys a command whose type byte has been read.
+    pub(super) fn command(&mut self) -> Result<Command, Error> {
+        let (number, length) = (self.reader.be16()?, self.reader.be16()?);
+        let command = Command::from_wire(number, length).map_err(Error::Stream)?;
+        let is_ours = !matches!(
+            command,
+            Command::OpenReturnPath | Command::Ping | Command::SwitchoverStart
+        );
+        if is_ours && self.source != Source::Hmpsh {
+            return Err(Error::Stream(format!(
+                "MIG_CMD {number:#x} unknown (len {length:#x})"
+            )));
+        }
+        match command {
+            Command::OpenReturnPath => {
+                if self.source == Source::Unknown && self.reader.channel().is_duplex() {
+                    self.source = Source::Listening;
+                }
+            }
+            Command::Ping => self.ping()?,
+            Command::SwitchoverStart | Command::Go => {}
+            Command::Manifest => self.manifest(length)?,
+            Command::Abandon => {
+                let text = self.payload(length)?;
+                let text = String::from_utf8_lossy(&text).escape_debug().to_string();
+                return Err(Error::Stream(format!("The source gave up: {text}")));
+            }
+        }
+        Ok(command)
+    }
+
+    fn ping(&mut self) -> Result<(), Error> {
+        let cookie = self.reader.be32()?;
+        if self.source == Source::Unknown {
+            let text = format!("CMD_PING ({cookie:#x}) received with no return path");
+            return Err(Error::Stream(text));
+        }
+        let answer = if cookie == HAIL { REPLY } else { cookie };
+        say(self.reader.channel(), &Message::Pong(answer))?;
+        if cookie == HAIL {
+            self.source = Source::Hmpsh;
+        }
+        Ok(())
+    }
+
+    fn manifest(&mut self, length: u16) -> Result<(), Error> {
+        let payload = self.payload(length)?;
+        let announced = Manifest::parse(&payload)
+            .ok_or_else(|| Error::stream("The source's manifest makes no sense"))?;
+        announced
+            .check(&Manifest::of(self.order.guest))
+            .map_err(Error::Stream)?;
+        Ok(say(self.reader.channel(), &Message::Accepted)?)
+    }
+
+    /// At most 64 KiB.
+    fn payload(&mut self, length: u16) -> Result<Vec<u8>, Error> {
+        let mut payload = vec![0; usize::from(length)];
+        self.reader.exact(&mut payload)?;
+        Ok(payload)
+    }
+}

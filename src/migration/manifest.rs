@@ -1,0 +1,223 @@
+//! Ours: what is going to be sent, told first, so that a wrong partner is found before the guest
+//! has lost a moment.
+//!
+//! ```text
+//! blocks be16 | { name cstr | length be64 }… | sections be16 | { idstr cstr | instance be32 | version be32 }…
+//! ```
+//! Payload of the command MANIFEST (`docs/wire.md`). QEMU has nothing of the kind.
+
+use super::section::{put_cstr, unknown_section};
+use crate::vm::guest::{Guest, SectionHeader};
+
+/// RAM blocks and device sections of a machine.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Manifest {
+    blocks: Vec<(String, u64)>,
+    sections: Vec<SectionHeader>,
+}
+
+impl Manifest {
+    /// Of this machine.
+    pub fn of(guest: &dyn Guest) -> Self {
+        let blocks = guest
+            .ram()
+            .iter()
+            .map(|block| (block.name().to_owned(), block.len()));
+        Self {
+            blocks: blocks.collect(),
+            sections: guest.sections(),
+        }
+    }
+
+    /// As payload.
+    pub fn bytes(&self) -> Vec<u8> {
+        let mut bytes = (self.blocks.len() as u16).to_be_bytes().to_vec();
+        for (name, length) in &self.blocks {
+            put_cstr(name, &mut bytes);
+            bytes.extend(length.to_be_bytes());
+        }
+        bytes.extend((self.sections.len() as u16).to_be_bytes());
+        for section in &self.sections {
+            put_cstr(&section.idstr, &mut bytes);
+            bytes.extend(section.instance.to_be_bytes());
+            bytes.extend(section.version.to_be_bytes());
+        }
+        bytes
+    }
+
+    /// From a payload; `None` if it is not one to its last byte.
+    pub fn parse(payload: &[u8]) -> Option<Self> {
+        let mut rest = Rest(payload);
+        let blocks = (0..rest.be16()?).map(|_| Some((rest.cstr()?, rest.be64()?)));
+        let blocks = blocks.collect::<Option<Vec<_>>>()?;
+        let sections = (0..rest.be16()?).map(|_| {
+            let (idstr, instance, version) = (rest.cstr()?, rest.be32()?, rest.be32()?);
+            Some(SectionHeader {
+                idstr,
+                instance,
+                version,
+            })
+        });
+        let sections = sections.collect::<Option<Vec<_>>>()?;
+        rest.0.is_empty().then_some(Self { blocks, sections })
+    }
+
+    /// Compares what a source announces with this machine. `Err` names the first difference, in
+    /// the words that QEMU has for it when it comes to the section in question.
+    pub fn check(&self, local: &Self) -> Result<(), String> {
+        for (name, length) in &self.blocks {
+            let Some((_, own)) = local.blocks.iter().find(|(own, _)| own == name) else {
+                let name = name.escape_default();
+                return Err(format!(
+                    "Unknown ramblock \"{name}\", cannot accept migration"
+                ));
+            };
+            if own != length {
+                return Err(format!(
+                    "Size mismatch: {name}: {length:#x} != {own:#x}: Invalid argument"
+                ));
+            }
+        }
+        for (name, _) in &local.blocks {
+            if !self.blocks.iter().any(|(other, _)| other == name) {
+                return Err(format!("RAM block '{name}' exists only at the destination"));
+            }
+        }
+        for section in &self.sections {
+            let SectionHeader {
+                idstr,
+                instance,
+                version,
+            } = section;
+            let Some(own) = local.find(section) else {
+                return Err(unknown_section(idstr, *instance));
+            };
+            if *version > own.version {
+                let own = own.version;
+                return Err(format!(
+                    "savevm: unsupported version {version} for '{idstr}' v{own}"
+                ));
+            }
+        }
+        match local.sections.iter().find(|own| self.find(own).is_none()) {
+            Some(own) => Err(format!(
+                "Section '{}' {} exists only at the destination",
+                own.idstr, own.instance
+            )),
+            None => Ok(()),
+        }
+    }
+
+    fn find(&self, other: &SectionHeader) -> Option<&SectionHeader> {
+        let is_same =
+            |own: &&SectionHeader| own.idstr == other.idstr && own.instance == other.instance;
+        self.sections.iter().find(is_same)
+    }
+}
+
+struct Rest<'a>(&'a [u8]);
+
+impl Rest<'_> {
+    fn array<const N: usize>(&mut self) -> Option<[u8; N]> {
+        let (array, rest) = self.0.split_first_chunk()?;
+        self.0 = rest;
+        Some(*array)
+    }
+
+    fn be16(&mut self) -> Option<u16> {
+        self.array().map(u16::from_be_bytes)
+    }
+
+    fn be32(&mut self) -> Option<u32> {
+        self.array().map(u32::from_be_bytes)
+    }
+
+    fn be64(&mut self) -> Option<u64> {
+        self.array().map(u64::from_be_bytes)
+    }
+
+    fn cstr(&mut self) -> Option<String> {
+        let [length] = self.array()?;
+        let (text, rest) = self.0.split_at_checked(usize::from(length))?;
+        self.0 = rest;
+        String::from_utf8(text.to_vec()).ok()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn sample() -> Manifest {
+        let section = |idstr: &str, instance, version| SectionHeader {
+            idstr: idstr.to_owned(),
+            instance,
+            version,
+        };
+        Manifest {
+            blocks: vec![
+                ("microvm.ram".to_owned(), 0xc00_0000),
+                ("pc.bios".to_owned(), 0x1_0000),
+            ],
+            sections: vec![section("cpu", 0, 12), section("serial", 0, 3)],
+        }
+    }
+
+    fn refusal(change: impl FnOnce(&mut Manifest)) -> String {
+        let mut local = sample();
+        change(&mut local);
+        sample().check(&local).expect_err("the machines differ")
+    }
+
+    #[test]
+    fn equal_machines_agree() {
+        assert_eq!(sample().check(&sample()), Ok(()));
+    }
+
+    #[test]
+    fn differences_are_named() {
+        assert_eq!(
+            refusal(|local| local.blocks[0].1 = 0xa00_0000),
+            "Size mismatch: microvm.ram: 0xc000000 != 0xa000000: Invalid argument"
+        );
+        assert!(refusal(|local| local.blocks.truncate(1)).starts_with("Unknown ramblock"));
+        assert!(
+            refusal(|local| local.sections.truncate(1))
+                .starts_with("Unknown savevm section or instance 'serial' 0.")
+        );
+        assert_eq!(
+            refusal(|local| local.sections[0].version = 11),
+            "savevm: unsupported version 12 for 'cpu' v11"
+        );
+        assert!(refusal(|local| local.sections[1].instance = 1).contains("'serial' 0"));
+        let extra = sample().sections[0].clone();
+        let more = refusal(|local| {
+            local.sections.push(SectionHeader {
+                instance: 1,
+                ..extra
+            });
+        });
+        assert_eq!(more, "Section 'cpu' 1 exists only at the destination");
+    }
+
+    #[test]
+    fn every_truncation_is_refused() {
+        let bytes = sample().bytes();
+        assert_eq!(Manifest::parse(&bytes), Some(sample()));
+        for length in 0..bytes.len() {
+            assert_eq!(Manifest::parse(&bytes[..length]), None);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn any_payload_is_parsed_without_harm(
+            payload in proptest::collection::vec(any::<u8>(), 0..200),
+        ) {
+            if let Some(manifest) = Manifest::parse(&payload) {
+                prop_assert_eq!(manifest.bytes(), payload);
+            }
+        }
+    }
+}

@@ -1,0 +1,310 @@
+//! The outgoing script.
+//!
+//! [`Outgoing::run`] moves a guest over a channel that is already connected, on the calling
+//! thread. However it ends, it leaves the guest in the state the board tells of: gone, running
+//! where it was, or, when nobody here can know, paused. QEMU: `migration_thread`.
+
+mod ending;
+mod hand_over;
+
+use std::time::Duration;
+
+use super::Error;
+use super::channel::{Cancel, Channel, Fault};
+use super::clock::Clock;
+use super::configuration;
+use super::globalstate;
+use super::handover::{Peer, PointOfNoReturn};
+use super::manifest::Manifest;
+use super::progress::Progress;
+use super::ram::RamSave;
+use super::return_path::{HAIL, Message, REPLY, ReturnPath, objection};
+use super::section::{Command, FULL, MAGIC, VERSION, put_footer, put_header};
+use super::stats::Board;
+use super::stream::Writer;
+use super::switchover;
+use super::throttle::Throttle;
+use crate::vm::guest::{Guest, SavedSection};
+use crate::vm::run_state::RunState;
+
+/// The parameters that the engine obeys; asked for again and again, so changes take effect at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// `max-bandwidth`, bytes per second, 0 for no limit.
+    pub max_bandwidth: u64,
+    /// `downtime-limit`.
+    pub downtime_limit: Duration,
+    /// `avail-switchover-bandwidth`, bytes per second, 0 to go by what is measured.
+    pub avail_switchover_bandwidth: u64,
+}
+
+/// A migration to be done.
+pub struct Outgoing<'a> {
+    /// What moves.
+    pub guest: &'a dyn Guest,
+    /// The present limits.
+    pub limits: &'a (dyn Fn() -> Limits + Sync),
+    /// Capability `return-path`; without effect on channels that have no way back.
+    pub return_path: bool,
+    /// Where status and figures are published.
+    pub board: &'a Board,
+    /// Time.
+    pub clock: &'a dyn Clock,
+    /// When the operator asked for the migration, on that clock (connecting counts).
+    pub started: Duration,
+    /// Interrupts the migration; to be used through `point`.
+    pub cancel: &'a Cancel,
+    /// Knows whether it is too late to cancel.
+    pub point: &'a PointOfNoReturn,
+}
+
+impl<'a> Outgoing<'a> {
+    /// Migrates. `Ok` means `completed`; after an error the board says what became of the guest,
+    /// and the error is what the operator should read.
+    pub fn run(self, channel: Box<dyn Channel>) -> Result<(), Error> {
+        let total = self.guest.ram().iter().map(|block| block.len()).sum();
+        let progress = Progress::new(self.board, self.clock, self.started, total);
+        let mut run = Run {
+            writer: Writer::new(channel, progress, self.cancel),
+            order: self,
+            return_path: ReturnPath::default(),
+            peer: Peer::OneWay,
+            ram: None,
+            before: None,
+            is_ambiguous: false,
+        };
+        match run.script() {
+            Ok(()) => run.succeed(),
+            Err(error) => Err(run.fail(error)),
+        }
+    }
+}
+
+/// A migration under way.
+struct Run<'a> {
+    order: Outgoing<'a>,
+    writer: Writer<'a>,
+    return_path: ReturnPath,
+    peer: Peer,
+    ram: Option<RamSave<'a>>,
+    /// What the guest was doing when we stopped it.
+    before: Option<RunState>,
+    /// Whether the destination may have the guest for all we know.
+    is_ambiguous: bool,
+}
+
+impl<'a> Run<'a> {
+    fn script(&mut self) -> Result<(), Error> {
+        self.header();
+        self.hail()?;
+        self.begin_ram()?;
+        self.iterate()?;
+        let before = self.stop_guest()?;
+        self.finish_ram()?;
+        let sections = self.devices(before)?;
+        self.hand_over(&sections)
+    }
+
+    fn header(&mut self) {
+        let machine = self.order.guest.machine_type();
+        self.writer.put(|to| {
+            to.extend(MAGIC.to_be_bytes());
+            to.extend(VERSION.to_be_bytes());
+            configuration::put(machine, to);
+        });
+    }
+
+    /// Finds out who is there, and, if it is hmpsh, whether the guest fits there.
+    fn hail(&mut self) -> Result<(), Error> {
+        if !self.writer.channel().is_duplex() {
+            self.peer = Peer::OneWay;
+            return Ok(self.writer.flush()?);
+        }
+        if !self.order.return_path {
+            self.peer = Peer::Silent;
+            return Ok(self.writer.flush()?);
+        }
+        self.writer.put(|to| {
+            Command::OpenReturnPath.put(&[], to);
+            Command::Ping.put(&HAIL.to_be_bytes(), to);
+        });
+        self.writer.flush()?;
+        self.peer = self.expect(NO_ANSWER, |message| match message {
+            Message::Pong(HAIL) => Some(Peer::Stock),
+            Message::Pong(REPLY) => Some(Peer::Hmpsh),
+            _ => None,
+        })?;
+        if self.peer == Peer::Hmpsh {
+            let manifest = Manifest::of(self.order.guest).bytes();
+            self.writer.put(|to| Command::Manifest.put(&manifest, to));
+            self.writer.flush()?;
+            self.expect(
+                "The destination has not answered the manifest within 5 seconds",
+                |m| (*m == Message::Accepted).then_some(()),
+            )?;
+        }
+        Ok(())
+    }
+
+    fn begin_ram(&mut self) -> Result<(), Error> {
+        let ram = self
+            .ram
+            .insert(RamSave::new(self.order.guest, self.order.clock)?);
+        ram.setup(&mut self.writer, self.peer == Peer::Hmpsh)?;
+        self.writer.flush()?;
+        let limits = (self.order.limits)();
+        self.writer
+            .progress
+            .begin_iterating(self.writer.sent(), limits.downtime_limit);
+        Ok(())
+    }
+
+    /// Sends memory while the guest runs, until the rest is small enough.
+    fn iterate(&mut self) -> Result<(), Error> {
+        let mut throttle = Throttle::new(self.order.clock.now(), self.writer.total());
+        loop {
+            self.listen()?;
+            let limits = (self.order.limits)();
+            self.writer.progress.promised_bandwidth = limits.avail_switchover_bandwidth;
+            self.writer.progress.tick(self.writer.sent());
+            if self.is_small_enough(&limits)? {
+                return Ok(());
+            }
+            let now = self.order.clock.now();
+            match throttle.allowance(now, self.writer.total(), limits.max_bandwidth) {
+                0 => {
+                    let rest = throttle.next().saturating_sub(now);
+                    self.order.clock.sleep(rest, self.order.cancel);
+                }
+                allowance => {
+                    let (ram, writer) = self.ram()?;
+                    ram.iterate(writer, allowance)?;
+                }
+            }
+        }
+    }
+
+    /// Whether what is left can be sent within the downtime limit.
+    fn is_small_enough(&mut self, limits: &Limits) -> Result<bool, Error> {
+        let bandwidth = self.writer.progress.bandwidth();
+        let threshold = switchover::threshold(bandwidth, limits.downtime_limit);
+        let (ram, writer) = self.ram()?;
+        let pending = ram.pending();
+        if pending > 0 && pending >= threshold {
+            return Ok(false);
+        }
+        if limits.downtime_limit.is_zero() {
+            // As QEMU does: one pass, and whatever was dirtied meanwhile goes with the rest.
+            return Ok(true);
+        }
+        // The bitmap is small because it is old: look again.
+        ram.sync(writer)?;
+        writer.progress.show(writer.sent());
+        let pending = ram.pending();
+        Ok(pending == 0 || pending < threshold)
+    }
+
+    fn stop_guest(&mut self) -> Result<RunState, Error> {
+        let before = self.order.guest.run_state();
+        let at = self.order.clock.now();
+        self.before = Some(before);
+        self.order.guest.stop(RunState::FinishMigrate)?;
+        self.writer.progress.begin_downtime(at);
+        self.writer.set_patience(PATIENCE);
+        Ok(before)
+    }
+
+    fn finish_ram(&mut self) -> Result<(), Error> {
+        let (ram, writer) = self.ram()?;
+        ram.complete(writer)?;
+        writer.progress.show(writer.sent());
+        Ok(())
+    }
+
+    fn devices(&mut self, before: RunState) -> Result<Vec<SavedSection>, Error> {
+        let mut sections = self.order.guest.save_devices()?;
+        sections.push(globalstate::save(before));
+        for (section, id) in sections.iter().zip(FIRST_DEVICE..) {
+            self.writer.put(|to| {
+                put_header(FULL, id, &section.header, to);
+                to.extend(&section.body);
+                put_footer(id, to);
+            });
+        }
+        self.writer.flush()?;
+        Ok(sections)
+    }
+
+    fn ram(&mut self) -> Result<(&mut RamSave<'a>, &mut Writer<'a>), Error> {
+        let ram = self
+            .ram
+            .as_mut()
+            .ok_or_else(|| Error::stream("RAM was not set up"))?;
+        Ok((ram, &mut self.writer))
+    }
+
+    /// Looks whether the destination has something to say; in the middle of the stream that can
+    /// only be that it gives up.
+    fn listen(&mut self) -> Result<(), Error> {
+        if self.order.cancel.is_cancelled() {
+            return Err(Fault::Cancelled.into());
+        }
+        if !self.has_return_path() {
+            return Ok(());
+        }
+        match self.return_path.poll(self.writer.channel())? {
+            None | Some(Message::SwitchoverAck) => Ok(()),
+            Some(message) => Err(objection(&message).unwrap_or_else(|| unexpected(&message))),
+        }
+    }
+
+    /// Waits for a message that `accept` takes; `silence` is the error when none comes in time.
+    fn expect<T>(
+        &mut self,
+        silence: &str,
+        accept: impl Fn(&Message) -> Option<T>,
+    ) -> Result<T, Error> {
+        loop {
+            let message = match self.hear() {
+                Err(Error::Channel(Fault::TimedOut)) => {
+                    return Err(Fault::Failed(silence.to_owned()).into());
+                }
+                message => message?,
+            };
+            if let Some(answer) = accept(&message) {
+                return Ok(answer);
+            }
+            if message != Message::SwitchoverAck {
+                return Err(objection(&message).unwrap_or_else(|| unexpected(&message)));
+            }
+        }
+    }
+
+    fn hear(&mut self) -> Result<Message, Error> {
+        let (clock, channel) = (self.order.clock, self.writer.channel());
+        let heard = self.return_path.wait(channel, clock, PATIENCE);
+        let is_silent = matches!(heard, Err(Error::Channel(Fault::TimedOut)));
+        // While our own bytes are still on the line, silence is the line's fault.
+        if is_silent && !channel.drain(Duration::ZERO) && channel.drain(PATIENCE) {
+            return self.return_path.wait(channel, clock, PATIENCE);
+        }
+        heard
+    }
+
+    fn has_return_path(&self) -> bool {
+        matches!(self.peer, Peer::Hmpsh | Peer::Stock)
+    }
+}
+
+fn unexpected(message: &Message) -> Error {
+    Error::Stream(format!(
+        "The destination said {message:?} where it makes no sense"
+    ))
+}
+
+/// Section id of the first device; RAM has the one before.
+const FIRST_DEVICE: u32 = super::ram::SECTION_ID + 1;
+/// How long the destination may say nothing, or take no byte while the guest stands still.
+const PATIENCE: Duration = Duration::from_secs(5);
+const NO_ANSWER: &str = "No answer from the destination within 5 seconds: it hangs, or it can not \
+                         answer; `migrate_set_capability return-path off` migrates without";

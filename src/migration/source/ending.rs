@@ -1,0 +1,117 @@
+//! How an outgoing migration ends: the only place that lets the guest go, or takes it back.
+
+use std::time::Duration;
+
+use super::Run;
+use crate::iov::Out;
+use crate::migration::Error;
+use crate::migration::handover::Peer;
+use crate::migration::section::Command;
+use crate::migration::stats::Status;
+use crate::vm::guest;
+use crate::vm::run_state::RunState;
+
+impl Run<'_> {
+    /// The guest is elsewhere.
+    pub(super) fn succeed(mut self) -> Result<(), Error> {
+        self.end_ram(true);
+        let stopped = self.order.guest.stop(RunState::PostMigrate);
+        self.writer
+            .progress
+            .finish(self.writer.sent(), Status::Completed, |_| {});
+        Ok(stopped?)
+    }
+
+    /// Nothing was moved, or nobody knows. Every dirty bit is given back; the guest goes on here
+    /// unless the destination may have it. Returns the error that the operator should see.
+    pub(super) fn fail(mut self, error: Error) -> Error {
+        let error = self.reason(error);
+        self.end_ram(false);
+        let is_cancel = error.is_cancel() && !self.is_ambiguous;
+        let trouble = if self.is_ambiguous {
+            self.order.guest.stop(RunState::PostMigrate)
+        } else {
+            self.resume()
+        };
+        if !self.is_ambiguous {
+            self.tell(&error);
+        }
+        self.writer.channel().abandon();
+        let mut text = error.to_string();
+        if self.is_ambiguous {
+            text = format!("{text}. {UNKNOWN}");
+        }
+        if let Err(trouble) = trouble {
+            text = format!("{text}; then the guest could not be resumed: {trouble}");
+        }
+        let status = if is_cancel {
+            Status::Cancelled
+        } else {
+            Status::Failed
+        };
+        let is_ambiguous = self.is_ambiguous;
+        self.writer
+            .progress
+            .finish(self.writer.sent(), status, |snapshot| {
+                snapshot.error = (!is_cancel).then(|| text.clone());
+                snapshot.handover_unknown = is_ambiguous;
+            });
+        if is_cancel { error } else { Error::Ended(text) }
+    }
+
+    /// A broken connection says little: the destination may have told why before it broke. And
+    /// what breaks because the operator cancelled is a cancel.
+    fn reason(&mut self, error: Error) -> Error {
+        if self.order.cancel.is_cancelled() && !self.is_ambiguous {
+            return crate::migration::channel::Fault::Cancelled.into();
+        }
+        let is_broken = matches!(error, Error::Channel(_)) && !error.is_cancel();
+        if is_broken && matches!(self.peer, Peer::Hmpsh | Peer::Stock) {
+            return self
+                .return_path
+                .last_words(self.writer.channel())
+                .unwrap_or(error);
+        }
+        error
+    }
+
+    fn end_ram(&mut self, success: bool) {
+        if let Some(ram) = self.ram.take() {
+            ram.cleanup(success);
+        }
+    }
+
+    /// Back to what the guest was doing.
+    fn resume(&mut self) -> Result<(), guest::Error> {
+        match self.before {
+            None => Ok(()),
+            Some(RunState::Running) => self.order.guest.start(),
+            Some(before) => self.order.guest.stop(before),
+        }
+    }
+
+    /// Tells hmpsh why the stream ends here, if it ends where a command may stand. Best effort.
+    fn tell(&mut self, error: &Error) {
+        if self.peer != Peer::Hmpsh || self.writer.is_torn() || matches!(error, Error::Peer(_)) {
+            return;
+        }
+        let text = if error.is_cancel() {
+            "cancelled".to_owned()
+        } else {
+            error.to_string()
+        };
+        let mut bytes = Vec::new();
+        Command::Abandon.put(&text.as_bytes()[..text.len().min(LONGEST)], &mut bytes);
+        let _ = self
+            .writer
+            .channel()
+            .write(&[Out::from(&bytes[..])], BRIEFLY);
+    }
+}
+
+const UNKNOWN: &str = "Nobody here knows who has the guest: look with `info status` at the \
+                       destination; if it does not have it, `cont -f` runs it here";
+/// Longest text of an ABANDON.
+const LONGEST: usize = 512;
+/// A courtesy is not worth waiting for.
+const BRIEFLY: Duration = Duration::from_millis(50);
