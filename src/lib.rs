@@ -3,6 +3,12 @@
 //! The modules stand on six floors; each uses only the floors below it and its own children
 //! (`tests/architecture.rs` holds that). ARCHITECTURE.md draws the map and walks it.
 
+// Floor 5: the verbs.
+/// The one set of verbs every mouth calls.
+pub mod control;
+/// Runs the poll registry; no policy.
+pub mod event_loop;
+
 // Floor 4: migration.
 /// The live-migration engine: both scripts, the stream, RAM, channels.
 pub mod migration;

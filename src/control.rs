@@ -1,0 +1,355 @@
+//! The one set of verbs every mouth calls.
+//!
+//! Verbs return plain structs or an [`Error`] worded for the operator; never formatted text,
+//! never JSON. They may be called from any thread and do not wait for the peer of a migration:
+//! moving a guest happens on a thread of its own (`outgoing`, `incoming`).
+
+use std::collections::BTreeMap;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::chardev::Chardev;
+use crate::config::{Config, Incoming};
+use crate::event::Event;
+use crate::logger;
+pub use crate::migration::params::Listing as ParameterInfo;
+use crate::migration::params::Settings;
+use crate::migration::stats::{Board, Snapshot};
+use crate::migration::uri::Uri;
+use crate::poll::Poll;
+use crate::vm::guest::Guest;
+use crate::vm::machine::{EventSink, Machine};
+use crate::vm::run_state::RunState;
+
+mod events;
+mod incoming;
+mod inspect;
+mod job;
+mod outgoing;
+
+pub use events::{Events, Listener};
+pub use inspect::{ChardevInfo, CpuInfo, RamBlockInfo};
+pub use outgoing::MigrateOptions;
+
+/// Why a verb was refused or failed; the text is what the operator reads after `Error: `.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Error(pub String);
+
+impl Error {
+    /// From anything that can be said.
+    pub fn new(text: impl ToString) -> Self {
+        Self(text.to_string())
+    }
+}
+
+impl From<crate::vm::guest::Error> for Error {
+    fn from(error: crate::vm::guest::Error) -> Self {
+        Self::new(error)
+    }
+}
+
+/// Descriptors a monitor was given (`getfd`), by name.
+pub type NamedFds = BTreeMap<String, OwnedFd>;
+
+/// How mouths hold it.
+pub type Shared = Arc<Control>;
+
+/// The program's state behind the mouths.
+pub struct Control {
+    config: Config,
+    poll: Poll,
+    chardevs: Vec<Arc<dyn Chardev>>,
+    /// Replaced as a whole when an incoming migration failed in it.
+    machine: Mutex<Arc<Machine>>,
+    settings: Arc<Settings>,
+    board: Arc<Board>,
+    job: Mutex<job::Job>,
+    /// Start the guest when it has arrived; `stop` and `cont` change it while waiting.
+    autostart: AtomicBool,
+    events: Arc<Events>,
+    /// Descriptors the program was started with, by number.
+    inherited: Mutex<NamedFds>,
+    quitting: AtomicBool,
+    exit_status: AtomicU8,
+}
+
+impl Control {
+    /// Builds the machine and everything around it. Nothing runs before [`Self::launch`].
+    pub fn new(
+        config: Config,
+        poll: Poll,
+        chardevs: Vec<Arc<dyn Chardev>>,
+        inherited: NamedFds,
+    ) -> Result<Shared, Error> {
+        let settings = Arc::new(Settings::default());
+        for global in &config.globals {
+            settings
+                .set_global(&global.driver, &global.name, &global.value)
+                .map_err(Error::new)?;
+        }
+        let events = Arc::new(Events::default());
+        let machine = build_machine(&config, &chardevs, &events)?;
+        let board = Arc::new(Board::default());
+        let told = Arc::clone(&events);
+        board.watch(Box::new(move |snapshot| {
+            told.tell(&Event::Migration(snapshot.status.name()));
+        }));
+        let control = Arc::new(Self {
+            autostart: AtomicBool::new(!config.start_paused),
+            config,
+            poll,
+            chardevs,
+            machine: Mutex::new(machine),
+            settings,
+            board,
+            job: Mutex::default(),
+            events,
+            inherited: Mutex::new(inherited),
+            quitting: AtomicBool::new(false),
+            exit_status: AtomicU8::new(0),
+        });
+        let weak = Arc::downgrade(&control);
+        control.events.subscribe(Box::new(move |event| {
+            if let Some(control) = weak.upgrade() {
+                control.obey(event);
+            }
+        }));
+        Ok(control)
+    }
+
+    /// Starts what the command line asked for: the guest, or waiting for one to arrive.
+    pub fn launch(self: &Arc<Self>) -> Result<(), Error> {
+        match &self.config.incoming {
+            Some(incoming) => {
+                self.machine().set_run_state(RunState::InMigrate);
+                match incoming {
+                    Incoming::Uri(uri) => self.listen(uri, &mut NamedFds::new()),
+                    Incoming::Defer => Ok(()),
+                }
+            }
+            None if self.config.start_paused || !self.has_kvm() => {
+                self.machine().set_run_state(RunState::Prelaunch);
+                Ok(())
+            }
+            None => Ok(self.machine().start()?),
+        }
+    }
+
+    /// What the command line asked for.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The event loop's registry.
+    pub fn poll(&self) -> &Poll {
+        &self.poll
+    }
+
+    /// The chardev of that id.
+    pub fn chardev(&self, id: &str) -> Option<&Arc<dyn Chardev>> {
+        self.chardevs.iter().find(|chardev| chardev.id() == id)
+    }
+
+    /// Tells `listener` of every event from now on.
+    pub fn subscribe(&self, listener: Listener) {
+        self.events.subscribe(listener);
+    }
+
+    /// Present run state.
+    pub fn run_state(&self) -> RunState {
+        self.machine().run_state()
+    }
+
+    /// `-name`.
+    pub fn name(&self) -> Option<&str> {
+        self.config.name.as_deref()
+    }
+
+    /// `-uuid`.
+    pub fn uuid(&self) -> Option<[u8; 16]> {
+        self.config.machine.uuid
+    }
+
+    /// Stops the guest. While one is awaited: it will not start when it has arrived.
+    pub fn stop(&self) -> Result<(), Error> {
+        log::debug!("stop");
+        match self.run_state() {
+            RunState::InMigrate => self.autostart.store(false, Ordering::SeqCst),
+            RunState::Running => self.machine().stop(RunState::Paused)?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    /// Runs the guest. `force` runs one that may be running elsewhere.
+    pub fn cont(&self, force: bool) -> Result<(), Error> {
+        log::debug!("cont, force {force}");
+        match self.run_state() {
+            RunState::InMigrate => {
+                self.autostart.store(true, Ordering::SeqCst);
+                return Ok(());
+            }
+            RunState::Running => return Ok(()),
+            RunState::FinishMigrate => {
+                return Err(Error::new(
+                    "The guest is being handed over, it can't be resumed now",
+                ));
+            }
+            RunState::Shutdown | RunState::InternalError => {
+                return Err(Error::new("Resetting the Virtual Machine is required"));
+            }
+            _ => {}
+        }
+        let mut job = self.job();
+        if !force && let Some(gone) = &job.gone {
+            return Err(Error(gone.refusal()));
+        }
+        self.machine().start()?;
+        job.gone = None;
+        Ok(())
+    }
+
+    /// Resets the machine.
+    pub fn system_reset(&self) -> Result<(), Error> {
+        match self.run_state() {
+            RunState::InMigrate => Err(Error::new("Guest is waiting for an incoming migration")),
+            RunState::FinishMigrate => Err(Error::new("The guest is being handed over")),
+            _ if self.config.no_reboot => {
+                self.quit();
+                Ok(())
+            }
+            _ => Ok(self.machine().reset()?),
+        }
+    }
+
+    /// Ends the program, orderly, soon after this call: a migration under way is cancelled, or,
+    /// when the guest has been let go already, brought to its end first.
+    pub fn quit(&self) {
+        self.quit_with(0);
+    }
+
+    /// Whether the program is to end, and with which status.
+    pub fn exit_status(&self) -> Option<u8> {
+        self.quitting
+            .load(Ordering::SeqCst)
+            .then(|| self.exit_status.load(Ordering::SeqCst))
+    }
+
+    /// The last thing done before the program ends: no thread of ours survives it.
+    pub fn shut_down(&self) {
+        self.end_job();
+        if self.run_state().is_running()
+            && let Err(error) = self.machine().stop(RunState::Shutdown)
+        {
+            log::warn!("Failed to stop the guest: {error}");
+        }
+    }
+
+    /// Status and statistics of the present or last migration.
+    pub fn migration(&self) -> Snapshot {
+        self.board.read()
+    }
+
+    /// The lines `globals:` is followed by in `info migrate`, name and value.
+    pub fn migration_globals(&self) -> Vec<(&'static str, String)> {
+        self.settings.globals()
+    }
+
+    /// All migration parameters in listing order.
+    pub fn parameters(&self) -> Vec<ParameterInfo> {
+        self.settings.parameters()
+    }
+
+    /// Sets a parameter from the text of `migrate_set_parameter`; takes effect at once, also on a
+    /// migration under way.
+    pub fn set_parameter(&self, name: &str, value: &str) -> Result<(), Error> {
+        self.settings.set_parameter(name, value).map_err(Error::new)
+    }
+
+    /// All capabilities in listing order.
+    pub fn capabilities(&self) -> Vec<(&'static str, bool)> {
+        self.settings.capabilities()
+    }
+
+    /// Switches a capability.
+    pub fn set_capability(&self, name: &str, on: bool) -> Result<(), Error> {
+        if self.board.read().status.is_running() {
+            return Err(Error::new(job::IN_PROGRESS));
+        }
+        self.settings.set_capability(name, on).map_err(Error::new)
+    }
+
+    /// Switches on exactly these log items (`none` switches all off).
+    pub fn log(&self, items: &str) -> Result<(), Error> {
+        logger::switch(items).map_err(|word| Error(format!("invalid log item: {word}")))
+    }
+
+    /// Appends the log to a file from now on.
+    pub fn logfile(&self, file: &str) -> Result<(), Error> {
+        logger::to_file(file.as_ref())
+            .map_err(|error| Error(format!("Failed to open log file '{file}': {error}")))
+    }
+
+    /// Log items and what they show.
+    pub fn log_items(&self) -> &'static [(&'static str, &'static str)] {
+        &logger::ITEMS
+    }
+
+    /// Lets `fd:N` name a descriptor the program was started with, unless the monitor has one of
+    /// that name.
+    fn lend_inherited(&self, uri: &Uri, fds: &mut NamedFds) {
+        if let Uri::Fd(name) = uri
+            && !fds.contains_key(name)
+            && let Some(fd) = lock(&self.inherited).remove(name)
+        {
+            fds.insert(name.clone(), fd);
+        }
+    }
+
+    fn machine(&self) -> Arc<Machine> {
+        Arc::clone(&lock(&self.machine))
+    }
+
+    /// Ends the program with that status, orderly, soon after this call.
+    pub fn quit_with(&self, status: u8) {
+        self.exit_status.store(status, Ordering::SeqCst);
+        self.quitting.store(true, Ordering::SeqCst);
+        // The event loop looks at the flag after every turn: make it turn.
+        self.poll.defer(Box::new(|| ()));
+    }
+
+    /// What the program does of its own accord when something happens to the machine.
+    fn obey(&self, event: &Event) {
+        if matches!(event, Event::Shutdown(_)) {
+            self.quit_with(0);
+        }
+    }
+}
+
+fn build_machine(
+    config: &Config,
+    chardevs: &[Arc<dyn Chardev>],
+    events: &Arc<Events>,
+) -> Result<Arc<Machine>, Error> {
+    let serial = config
+        .machine
+        .serial
+        .as_ref()
+        .and_then(|id| chardevs.iter().find(|chardev| chardev.id() == id))
+        .map(Arc::clone);
+    let told = Arc::clone(events);
+    let sink: EventSink = Arc::new(move |event| told.tell(&event));
+    Ok(Machine::new(
+        &config.machine,
+        serial,
+        sink,
+        config.incoming.is_some(),
+    )?)
+}
+
+/// Locks what no panic can leave half-changed.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

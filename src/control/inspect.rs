@@ -1,0 +1,164 @@
+//! Looking at the machine: vCPUs, memory, ports, chardevs.
+
+use super::{Control, Error};
+use crate::chardev::Ringbuf;
+use crate::vm::guest::Guest;
+use crate::vm::machine::{MapEntry, Registers};
+use crate::vm::memory::PAGE_SIZE;
+
+/// `info cpus`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CpuInfo {
+    /// Index.
+    pub index: usize,
+    /// Host thread id.
+    pub thread: i32,
+}
+
+/// `info ramblock`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RamBlockInfo {
+    /// Name on the wire.
+    pub name: String,
+    /// Host page size in bytes.
+    pub page_size: u64,
+    /// Offset in the RAM address space.
+    pub offset: u64,
+    /// Length in bytes.
+    pub used: u64,
+    /// Host address.
+    pub host: u64,
+}
+
+/// `info chardev`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChardevInfo {
+    /// Id.
+    pub id: String,
+    /// `filename=`.
+    pub description: String,
+}
+
+impl Control {
+    /// Whether KVM runs the guest.
+    pub fn has_kvm(&self) -> bool {
+        self.machine().has_kvm()
+    }
+
+    /// vCPUs.
+    pub fn cpus(&self) -> Vec<CpuInfo> {
+        let machine = self.machine();
+        (0..machine.vcpus())
+            .map(|index| CpuInfo {
+                index,
+                thread: machine.vcpu_thread(index),
+            })
+            .collect()
+    }
+
+    /// Registers of one vCPU.
+    pub fn registers(&self, cpu: usize) -> Result<Registers, Error> {
+        Ok(self.machine().registers(cpu)?)
+    }
+
+    /// Memory map.
+    pub fn memory_map(&self) -> Vec<MapEntry> {
+        self.machine().map()
+    }
+
+    /// RAM blocks.
+    pub fn ram_blocks(&self) -> Vec<RamBlockInfo> {
+        let mut offset = 0;
+        self.machine()
+            .ram()
+            .iter()
+            .map(|block| {
+                let info = RamBlockInfo {
+                    name: block.name().to_owned(),
+                    page_size: PAGE_SIZE as u64,
+                    offset,
+                    used: block.len(),
+                    host: block.host() as u64,
+                };
+                offset += block.len();
+                info
+            })
+            .collect()
+    }
+
+    /// `-m`, bytes.
+    pub fn memory_size(&self) -> u64 {
+        self.config.machine.memory
+    }
+
+    /// Reads guest-physical memory; `Err` holds the first address that can not be read.
+    pub fn read_physical(&self, address: u64, to: &mut [u8]) -> Result<(), u64> {
+        self.machine().read_physical(address, to)
+    }
+
+    /// Reads memory as that vCPU sees it; `Err` holds the first address that can not be read.
+    pub fn read_virtual(&self, cpu: usize, address: u64, to: &mut [u8]) -> Result<(), u64> {
+        let machine = self.machine();
+        let mut at = address;
+        let mut rest = to;
+        while !rest.is_empty() {
+            let in_page = PAGE_SIZE - (at as usize & (PAGE_SIZE - 1));
+            let (now, later) = rest.split_at_mut(in_page.min(rest.len()));
+            let physical = machine.translate(cpu, at).ok_or(at)?;
+            machine.read_physical(physical, now).map_err(|_| at)?;
+            at = at.wrapping_add(now.len() as u64);
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// Guest-virtual to guest-physical.
+    pub fn translate(&self, cpu: usize, address: u64) -> Option<u64> {
+        self.machine().translate(cpu, address)
+    }
+
+    /// Host address and region name of guest-physical RAM.
+    pub fn host_address(&self, address: u64) -> Option<(u64, String)> {
+        let (host, block, _) = self.machine().host_address(address)?;
+        Some((host as u64, block.name().to_owned()))
+    }
+
+    /// Reads a port of 1, 2 or 4 bytes.
+    pub fn read_port(&self, port: u16, size: u8) -> u32 {
+        self.machine().read_port(port, size)
+    }
+
+    /// Writes a port of 1, 2 or 4 bytes.
+    pub fn write_port(&self, port: u16, size: u8, value: u32) {
+        self.machine().write_port(port, size, value);
+    }
+
+    /// Character devices.
+    pub fn chardevs(&self) -> Vec<ChardevInfo> {
+        self.chardevs
+            .iter()
+            .map(|chardev| ChardevInfo {
+                id: chardev.id().to_owned(),
+                description: chardev.description(),
+            })
+            .collect()
+    }
+
+    /// Takes at most `size` bytes out of a ring buffer.
+    pub fn ringbuf_read(&self, device: &str, size: usize) -> Result<Vec<u8>, Error> {
+        Ok(self.ringbuf(device)?.read(size))
+    }
+
+    /// Puts bytes into a ring buffer.
+    pub fn ringbuf_write(&self, device: &str, data: &[u8]) -> Result<(), Error> {
+        self.ringbuf(device)?.write(data);
+        Ok(())
+    }
+
+    fn ringbuf(&self, device: &str) -> Result<&dyn Ringbuf, Error> {
+        self.chardev(device)
+            .ok_or_else(|| Error(format!("Device '{device}' not found")))?
+            .ringbuf()
+            .ok_or_else(|| Error(format!("{device} is not a ringbuf device")))
+    }
+}

@@ -1,0 +1,152 @@
+//! Sending the guest away.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use super::job::{Brake, Gone, IN_PROGRESS};
+use super::{Control, Error, NamedFds};
+use crate::migration::channel::{self, Prepared};
+use crate::migration::clock::{Clock, HostClock};
+use crate::migration::source::{Limits, Outgoing};
+use crate::migration::stats::{Direction, Snapshot, Status};
+use crate::migration::uri::Uri;
+use crate::vm::run_state::RunState;
+
+/// Options of `migrate`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct MigrateOptions {
+    /// `-b`.
+    pub block: bool,
+    /// `-i`.
+    pub incremental: bool,
+    /// `-r`.
+    pub resume: bool,
+    /// Where to.
+    pub uri: String,
+}
+
+impl Control {
+    /// Starts an outgoing migration and returns once it is under way; `fds` are the calling
+    /// monitor's (an `fd:` URI takes its descriptor out).
+    pub fn migrate(
+        self: &Arc<Self>,
+        options: &MigrateOptions,
+        fds: &mut NamedFds,
+    ) -> Result<(), Error> {
+        let mut job = self.job();
+        self.check_may_leave(options)?;
+        let uri: Uri = options.uri.parse().map_err(Error::new)?;
+        self.lend_inherited(&uri, fds);
+        let prepared = channel::prepare(&uri, fds).map_err(Error::new)?;
+        let brake = Brake::new()?;
+        job.brake = Some(brake.clone());
+        self.board.update(|snapshot| {
+            *snapshot = Snapshot {
+                status: Status::Setup,
+                direction: Direction::Outgoing,
+                ..Snapshot::default()
+            };
+        });
+        let text = options.uri.clone();
+        let spawned = self.spawn(&mut job, "migration", move |control| {
+            let run = || control.leave(prepared, &text, &brake);
+            if catch_unwind(AssertUnwindSafe(run)).is_err() {
+                control.leave_failed("internal error in the migration thread".to_owned());
+            }
+        });
+        if let Err(error) = &spawned {
+            self.leave_failed(error.to_string());
+        }
+        spawned
+    }
+
+    /// Reasons why the machine can not be migrated now.
+    pub fn migration_blockers(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    fn check_may_leave(&self, options: &MigrateOptions) -> Result<(), Error> {
+        if options.block || options.incremental {
+            return Err(Error::new(
+                "block migration (-b, -i): not built in this version",
+            ));
+        }
+        if options.resume {
+            return Err(Error::new("Cannot resume if there is no paused migration"));
+        }
+        match self.run_state() {
+            RunState::InMigrate => Err(Error::new("Guest is waiting for an incoming migration")),
+            _ if self.board.read().status.is_running() => Err(Error::new(IN_PROGRESS)),
+            RunState::PostMigrate => Err(Error::new(
+                "Can't migrate the vm that was paused due to previous migration",
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// The migration thread of the source.
+    fn leave(&self, prepared: Prepared, uri: &str, brake: &Brake) {
+        let clock = HostClock::new();
+        let started = clock.now();
+        let channel = match prepared.connect(&brake.cancel) {
+            Ok(channel) => channel,
+            Err(_) if brake.cancel.is_cancelled() => {
+                return self
+                    .board
+                    .update(|snapshot| snapshot.status = Status::Cancelled);
+            }
+            Err(error) => return self.leave_failed(error.to_string()),
+        };
+        if channel.is_duplex() {
+            // Noted before the guest can be elsewhere: `cont` looks at it from then on.
+            self.job().gone = Some(Gone {
+                uri: uri.to_owned(),
+                since: SystemTime::now(),
+                is_certain: false,
+            });
+        }
+        let machine = self.machine();
+        let outgoing = Outgoing {
+            guest: &*machine,
+            limits: &|| self.limits(),
+            return_path: self.settings.return_path(),
+            board: &self.board,
+            clock: &clock,
+            started,
+            cancel: &brake.cancel,
+            point: &brake.point,
+        };
+        let result = outgoing.run(channel);
+        let snapshot = self.board.read();
+        let mut job = self.job();
+        match &mut job.gone {
+            Some(gone) if snapshot.status == Status::Completed => {
+                gone.is_certain = true;
+                gone.since = SystemTime::now();
+            }
+            Some(gone) if snapshot.handover_unknown => gone.since = SystemTime::now(),
+            gone => *gone = None,
+        }
+        drop(job);
+        if let Err(error) = result {
+            log::info!("migration to {uri} ended: {error}");
+        }
+    }
+
+    fn limits(&self) -> Limits {
+        Limits {
+            max_bandwidth: self.settings.max_bandwidth(),
+            downtime_limit: self.settings.downtime_limit(),
+            avail_switchover_bandwidth: self.settings.avail_switchover_bandwidth(),
+        }
+    }
+
+    /// A migration that failed before, or outside of, the engine.
+    fn leave_failed(&self, why: String) {
+        self.board.update(|snapshot| {
+            snapshot.status = Status::Failed;
+            snapshot.error = Some(why);
+        });
+    }
+}
