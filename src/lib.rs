@@ -3,6 +3,16 @@
 //! The modules stand on six floors; each uses only the floors below it and its own children
 //! (`tests/architecture.rs` holds that). ARCHITECTURE.md draws the map and walks it.
 
+// Floor 6: mouths.
+/// QEMU's command line to a [`config::Config`].
+pub mod cli;
+/// `hmpsh demo`: a migration on this machine, explained.
+pub mod demo;
+/// The human monitor: sessions, command table, terminal shell.
+pub mod monitor;
+/// Everything put together and run.
+pub mod program;
+
 // Floor 5: the verbs.
 /// The one set of verbs every mouth calls.
 pub mod control;

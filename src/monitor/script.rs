@@ -1,0 +1,69 @@
+//! `-e` and `-script`: monitor commands without an operator.
+//!
+//! One session executes them in order and prints to standard output; a migration in the
+//! foreground is waited for. The first that fails ends the program with status 1, the last that
+//! succeeds with 0.
+
+use std::io;
+use std::sync::mpsc;
+
+use super::history::History;
+use super::session::{Outcome, Session};
+use crate::control::{Error, Shared};
+
+/// Starts executing the commands that the command line named, on a thread of their own.
+///
+/// # Errors
+/// The script can not be read, or there is no thread to be had.
+pub fn start(control: &Shared) -> Result<(), Error> {
+    let config = control.config();
+    let mut lines = config.commands.clone();
+    if let Some(path) = &config.script {
+        let text = std::fs::read_to_string(path)
+            .map_err(|error| Error(format!("-script {}: {error}", path.display())))?;
+        lines.extend(text.lines().map(str::to_owned));
+    }
+    let control = control.clone();
+    std::thread::Builder::new()
+        .name("script".to_owned())
+        .spawn(move || {
+            let mut session =
+                Session::new(control.clone(), Box::new(io::stdout()), History::default());
+            match lines
+                .iter()
+                .try_for_each(|line| execute(&mut session, line))
+            {
+                Ok(()) => control.quit(),
+                Err(Failed) => control.quit_with(1),
+            }
+        })
+        .map_err(|error| Error(format!("Failed to start the script's thread: {error}")))?;
+    Ok(())
+}
+
+/// A command did not do what it was told to, and has said why.
+struct Failed;
+
+fn execute(session: &mut Session, line: &str) -> Result<(), Failed> {
+    let is_comment = line.trim_start().starts_with('#');
+    if is_comment {
+        return Ok(());
+    }
+    match session.execute(line) {
+        Outcome::Done | Outcome::Quit => Ok(()),
+        Outcome::Failed => Err(Failed),
+        Outcome::Suspended => {
+            let (tell, told) = mpsc::channel();
+            session.control().when_migration_ends(Box::new(move || {
+                // Who waits for it is right below, or has given up with the program.
+                let _ = tell.send(());
+            }));
+            let _ = told.recv();
+            if session.conclude() {
+                Ok(())
+            } else {
+                Err(Failed)
+            }
+        }
+    }
+}
