@@ -1,0 +1,25 @@
+//! What the integration tests share: real processes (hmpsh and stock QEMU) driven over their human
+//! monitors, the log of the built-in guest, and the rule for what is skipped where a part of the
+//! machine is missing.
+#![allow(dead_code, reason = "every test binary uses its own part of this")]
+
+pub(crate) mod beacon;
+pub(crate) mod hmp;
+pub(crate) mod need;
+pub(crate) mod vmm;
+
+use std::time::{Duration, Instant};
+
+/// Asks `question` every few milliseconds until it has an answer; `None` when `patience` is over.
+pub(crate) fn poll<T>(patience: Duration, mut question: impl FnMut() -> Option<T>) -> Option<T> {
+    let end = Instant::now() + patience;
+    loop {
+        if let Some(answer) = question() {
+            return Some(answer);
+        }
+        if Instant::now() > end {
+            return None;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

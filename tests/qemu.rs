@@ -1,0 +1,181 @@
+//! hmpsh and stock QEMU 7.2 and 10.0, each the source and each the destination of the other: a
+//! saved guest, a live one over tcp and unix, one vCPU and two, both kinds of irqchip. In every
+//! cell the guest must live one life: no fault, no reboot, no beacon twice or missing.
+
+mod common;
+
+use std::path::Path;
+
+use common::beacon::wait_beacons;
+use common::need::require;
+use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
+use common::vmm::{Program, Setup, Vmm};
+
+/// How two machines of a cell are built.
+#[derive(Clone, Copy)]
+struct Shape {
+    vcpus: u32,
+    irqchip: &'static str,
+}
+
+const PLAIN: Shape = Shape {
+    vcpus: 1,
+    irqchip: "on",
+};
+const SPLIT: Shape = Shape {
+    vcpus: 1,
+    irqchip: "split",
+};
+const TWO_VCPUS: Shape = Shape {
+    vcpus: 2,
+    irqchip: "on",
+};
+
+impl Shape {
+    fn setup(self, program: Program) -> Setup {
+        Setup::new(program)
+            .vcpus(self.vcpus)
+            .irqchip(self.irqchip)
+            .append("window=4M")
+    }
+}
+
+/// Whether both programs are there.
+fn have(programs: &[Program]) -> bool {
+    programs.iter().all(|program| require(program.needs()))
+}
+
+/// Migrates and sees the guest gone.
+#[track_caller]
+fn migrate(source: &mut Vmm, uri: &str) {
+    let printed = source.command(&format!("migrate {uri}"));
+    let state = source.command("info migrate");
+    assert!(
+        state.contains("Migration status: completed"),
+        "migrate {uri}: {printed}{state}{}",
+        source.said()
+    );
+    source.wait_status("paused (postmigrate)");
+}
+
+/// The guest goes on at the last of `hosts` for longer than a walk of its window takes.
+#[track_caller]
+fn goes_on(hosts: &[&Vmm]) {
+    let logs: Vec<_> = hosts.iter().map(|host| host.log()).collect();
+    let logs: Vec<&Path> = logs.iter().map(|log| log.as_path()).collect();
+    wait_beacons(&logs, 15);
+}
+
+/// Saves with one program and loads with the other.
+fn saved(from: Program, to: Program, shape: Shape, uri: fn(&Path) -> [String; 2]) {
+    if !have(&[from, to]) {
+        return;
+    }
+    let mut source = shape.setup(from).start();
+    source.wait_beacons(5);
+    let [outgoing, incoming] = uri(&source.path("saved"));
+    migrate(&mut source, &outgoing);
+    let mut dest = shape.setup(to).incoming(&incoming).start();
+    dest.wait_status("running");
+    goes_on(&[&source, &dest]);
+}
+
+fn by_exec(file: &Path) -> [String; 2] {
+    let file = file.display();
+    [format!("\"exec:cat > {file}\""), format!("exec:cat {file}")]
+}
+
+fn by_file(file: &Path) -> [String; 2] {
+    let uri = format!("file:{}", file.display());
+    [uri.clone(), uri]
+}
+
+fn from_exec_to_file(file: &Path) -> [String; 2] {
+    let [outgoing, _] = by_exec(file);
+    let [_, incoming] = by_file(file);
+    [outgoing, incoming]
+}
+
+/// Moves a running guest from `from` to `to` and back to a second `from`, over tcp.
+fn to_and_fro(from: Program, to: Program, shape: Shape, options: &[&str]) {
+    if !have(&[from, to]) {
+        return;
+    }
+    let mut a = shape.setup(from).start();
+    a.wait_beacons(5);
+    for line in options {
+        a.quiet(line);
+    }
+    let mut b = shape.setup(to).incoming("tcp:127.0.0.1:0").start();
+    let port = b.port();
+    migrate(&mut a, &format!("tcp:127.0.0.1:{port}"));
+    b.wait_status("running");
+    goes_on(&[&a, &b]);
+    let mut c = shape.setup(from).incoming("tcp:127.0.0.1:0").start();
+    let port = c.port();
+    migrate(&mut b, &format!("tcp:127.0.0.1:{port}"));
+    c.wait_status("running");
+    goes_on(&[&a, &b, &c]);
+}
+
+/// Moves a running guest over a unix socket; what a paused destination holds is what the source
+/// had.
+fn over_unix(from: Program, to: Program) {
+    if !have(&[from, to]) {
+        return;
+    }
+    let mut source = PLAIN.setup(from).start();
+    source.wait_beacons(25);
+    let uri = format!("unix:{}", source.path("migration").display());
+    let mut dest = PLAIN.setup(to).args(&["-S"]).incoming(&uri).start();
+    migrate(&mut source, &uri);
+    dest.wait_status("paused");
+    let size = 64 << 20;
+    assert!(source.memory(size) == dest.memory(size), "memory differs");
+    dest.quiet("cont");
+    goes_on(&[&source, &dest]);
+}
+
+/// One test per line.
+macro_rules! cells {
+    ($($name:ident: $run:expr;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                $run;
+            }
+        )*
+    };
+}
+
+cells! {
+    saved_and_loaded_by_7_2: saved(Hmpsh, Qemu7, PLAIN, by_exec);
+    saved_and_loaded_by_10_0: saved(Hmpsh, Qemu10, PLAIN, by_exec);
+    saved_and_loaded_by_10_0_from_file: saved(Hmpsh, Qemu10, PLAIN, by_file);
+    saved_and_loaded_by_10_0_with_two_vcpus: saved(Hmpsh, Qemu10, TWO_VCPUS, by_exec);
+    saved_by_7_2: saved(Qemu7, Hmpsh, PLAIN, by_exec);
+    saved_by_7_2_with_split_irqchip: saved(Qemu7, Hmpsh, SPLIT, from_exec_to_file);
+    saved_by_7_2_with_two_vcpus: saved(Qemu7, Hmpsh, TWO_VCPUS, by_exec);
+    saved_by_10_0: saved(Qemu10, Hmpsh, PLAIN, by_exec);
+    saved_by_10_0_to_file: saved(Qemu10, Hmpsh, PLAIN, by_file);
+    live_to_7_2_and_back: to_and_fro(Hmpsh, Qemu7, PLAIN, &[]);
+    live_to_7_2_and_back_one_way:
+        to_and_fro(Hmpsh, Qemu7, PLAIN, &["migrate_set_capability return-path off"]);
+    live_to_7_2_and_back_with_split_irqchip: to_and_fro(Hmpsh, Qemu7, SPLIT, &[]);
+    live_to_7_2_and_back_with_two_vcpus: to_and_fro(Hmpsh, Qemu7, TWO_VCPUS, &[]);
+    live_to_10_0_and_back: to_and_fro(Hmpsh, Qemu10, PLAIN, &[]);
+    live_to_10_0_and_back_one_way:
+        to_and_fro(Hmpsh, Qemu10, PLAIN, &["migrate_set_capability return-path off"]);
+    live_to_10_0_and_back_with_split_irqchip: to_and_fro(Hmpsh, Qemu10, SPLIT, &[]);
+    live_to_10_0_and_back_with_two_vcpus: to_and_fro(Hmpsh, Qemu10, TWO_VCPUS, &[]);
+    live_from_7_2_with_return_path:
+        to_and_fro(Qemu7, Hmpsh, PLAIN, &["migrate_set_capability return-path on"]);
+    live_from_10_0_with_return_path:
+        to_and_fro(Qemu10, Hmpsh, PLAIN, &["migrate_set_capability return-path on"]);
+    over_unix_to_7_2: over_unix(Hmpsh, Qemu7);
+    over_unix_to_10_0: over_unix(Hmpsh, Qemu10);
+    over_unix_from_7_2: over_unix(Qemu7, Hmpsh);
+    over_unix_from_10_0: over_unix(Qemu10, Hmpsh);
+    // The harness itself, with nothing of ours in it: what fails here fails without us.
+    live_from_7_2_to_10_0: over_unix(Qemu7, Qemu10);
+}
