@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::chardev::Chardev;
 use crate::config::{Config, Incoming};
+use crate::errno::Errno;
 use crate::event::Event;
 use crate::logger;
 pub use crate::migration::params::Listing as ParameterInfo;
@@ -289,7 +290,7 @@ impl Control {
     /// Appends the log to a file from now on.
     pub fn logfile(&self, file: &str) -> Result<(), Error> {
         logger::to_file(file.as_ref())
-            .map_err(|error| Error(format!("Failed to open log file '{file}': {error}")))
+            .map_err(|error| Error(format!("Error opening logfile {file}: {}", Errno(&error))))
     }
 
     /// Log items and what they show.

@@ -5,6 +5,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use crate::vm::memory::PAGE_SIZE;
+
 /// QEMU's migration status.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Status {
@@ -116,15 +118,21 @@ pub struct Snapshot {
 }
 
 impl Snapshot {
-    /// Percent done for `Completed N %`: what is sent of what has to be sent, never 100 before
-    /// the end. Callers keep it from going back.
+    /// Percent done for `Completed N %`: what was sent of what was sent and what is known to be
+    /// left; never 100 before the end. Memory that was never used counts for nothing, so it begins
+    /// at 0. It falls when the guest dirties memory faster than it is sent; callers keep what they
+    /// show from going back.
     pub fn percent(&self) -> u8 {
         if self.status == Status::Completed {
             return 100;
         }
         self.ram.as_ref().map_or(0, |ram| {
-            let moved = ram.total.saturating_sub(ram.remaining);
-            (moved * 100).checked_div(ram.total).unwrap_or(0).min(99) as u8
+            let moved = (ram.normal + ram.duplicate).saturating_mul(PAGE_SIZE as u64);
+            let all = moved.saturating_add(ram.remaining);
+            (moved.saturating_mul(100))
+                .checked_div(all)
+                .unwrap_or(0)
+                .min(99) as u8
         })
     }
 }
@@ -165,5 +173,33 @@ impl Board {
     /// Sets who is told of changes of status.
     pub fn watch(&self, watcher: Watcher) {
         *self.watcher.lock().unwrap_or_else(PoisonError::into_inner) = Some(watcher);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn percent_begins_at_0_and_is_100_only_at_the_end() {
+        let percent = |status, normal, remaining| {
+            let ram = RamStats {
+                normal,
+                remaining,
+                total: 1 << 30,
+                ..RamStats::default()
+            };
+            Snapshot {
+                status,
+                ram: Some(ram),
+                ..Snapshot::default()
+            }
+            .percent()
+        };
+        assert_eq!(percent(Status::Active, 0, 40 << 12), 0);
+        assert_eq!(percent(Status::Active, 10, 30 << 12), 25);
+        assert_eq!(percent(Status::Device, 40, 0), 99);
+        assert_eq!(percent(Status::Completed, 40, 0), 100);
+        assert_eq!(Snapshot::default().percent(), 0);
     }
 }
