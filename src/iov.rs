@@ -82,7 +82,7 @@ impl<'a> Out<'a> {
         unsafe { Self::from_raw(self.0.iov_base.cast::<u8>().add(n), self.0.iov_len - n) }
     }
 
-    /// Appends the piece's bytes to `to` (in-memory channels; sockets use [`write`]).
+    /// Appends the piece's bytes to `to` (in-memory channels; sockets use [`write()`]).
     pub fn copy_to(&self, to: &mut Vec<u8>) {
         to.reserve(self.0.iov_len);
         // SAFETY: the source is readable for iov_len bytes (constructor), the target has been

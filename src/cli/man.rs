@@ -86,7 +86,7 @@ fn roff(text: &str) -> String {
 
 #[cfg(test)]
 const HEAD: &str = r#".\" Written by the test of src/cli/man.rs from the option table; do not edit.
-.TH HMPSH 1 "" "hmpsh" "User Commands"
+.TH HMPSH 1 2026-11-20 "hmpsh" "User Commands"
 .SH NAME
 hmpsh \- a human monitor with a KVM machine and live migration that QEMU understands
 .SH SYNOPSIS
