@@ -10,6 +10,7 @@ use crate::cli::daemon;
 use crate::cli::pidfile::Pidfile;
 use crate::config::{ChardevKind, Config};
 use crate::control::{Control, Error, NamedFds, Shared};
+use crate::errno::Errno;
 use crate::event::Event;
 use crate::event_loop::{self, Signals};
 use crate::logger;
@@ -75,7 +76,8 @@ fn claim_descriptors(config: &Config) -> NamedFds {
 
 fn start_log(config: &Config) -> Result<(), Error> {
     if let Some(path) = &config.log_file {
-        logger::to_file(path).map_err(|error| Error(format!("-D {}: {error}", path.display())))?;
+        logger::to_file(path)
+            .map_err(|error| Error(format!("-D {}: {}", path.display(), Errno(&error))))?;
     }
     if config.log_items.is_empty() {
         return Ok(());

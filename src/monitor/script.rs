@@ -10,6 +10,7 @@ use std::sync::mpsc;
 use super::history::History;
 use super::session::{Outcome, Session};
 use crate::control::{Error, Shared};
+use crate::errno::Errno;
 
 /// Starts executing the commands that the command line named, on a thread of their own.
 ///
@@ -20,7 +21,7 @@ pub fn start(control: &Shared) -> Result<(), Error> {
     let mut lines = config.commands.clone();
     if let Some(path) = &config.script {
         let text = std::fs::read_to_string(path)
-            .map_err(|error| Error(format!("-script {}: {error}", path.display())))?;
+            .map_err(|error| Error(format!("-script {}: {}", path.display(), Errno(&error))))?;
         lines.extend(text.lines().map(str::to_owned));
     }
     let control = control.clone();

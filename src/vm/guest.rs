@@ -10,13 +10,14 @@ use serde_json::Value;
 use super::dirty::DirtyLog;
 use super::memory::RamBlock;
 use super::run_state::RunState;
+use crate::errno::Errno;
 use crate::vmstate::StateReader;
 
 /// What can go wrong with a guest, worded for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A KVM or other system call failed; `what` says which and with what value.
-    #[error("{what}: {source}")]
+    #[error("{what}: {}", Errno(.source))]
     System {
         /// What was tried.
         what: String,

@@ -6,6 +6,7 @@ use std::fs::File;
 use std::io::Write;
 
 use crate::control::RamBlockInfo;
+use crate::errno::Errno;
 use crate::monitor::args::Args;
 use crate::monitor::session::{Error, Session};
 use crate::vm::machine::MapEntry;
@@ -120,9 +121,9 @@ fn save(args: &Args, read: impl Fn(u64, &mut [u8]) -> Result<(), u64>) -> Result
         args.int("size")?.cast_unsigned(),
     );
     let path = args.text("filename")?;
-    let open = |error| Error::Refused(format!("Could not open '{path}': {}", cause(&error)));
+    let open = |error| Error::Refused(format!("Could not open '{path}': {}", Errno(&error)));
     let mut file = File::create(path).map_err(open)?;
-    let write = |error| Error::Refused(format!("Could not write to '{path}': {}", cause(&error)));
+    let write = |error| Error::Refused(format!("Could not write to '{path}': {}", Errno(&error)));
     chunks(address, size, read, |bytes| {
         file.write_all(bytes).map_err(write)
     })
@@ -167,15 +168,6 @@ fn hexadecimal(value: u64) -> String {
     } else {
         format!("{value:#x}")
     }
-}
-
-/// An error as the C library words it, without Rust's number behind it.
-fn cause(error: &std::io::Error) -> String {
-    let text = error.to_string();
-    text.split(" (os error")
-        .next()
-        .unwrap_or_default()
-        .to_owned()
 }
 
 fn ram_blocks(blocks: &[RamBlockInfo]) -> String {
