@@ -63,7 +63,11 @@ impl Control {
 
     /// Reasons why the machine can not be migrated now.
     pub fn migration_blockers(&self) -> Vec<String> {
-        Vec::new()
+        let mut reasons = Vec::new();
+        if self.run_state() == RunState::InternalError {
+            reasons.push("KVM could not go on with the guest (internal-error)".to_owned());
+        }
+        reasons
     }
 
     fn check_may_leave(&self, options: &MigrateOptions) -> Result<(), Error> {
@@ -81,7 +85,11 @@ impl Control {
             RunState::PostMigrate => Err(Error::new(
                 "Can't migrate the vm that was paused due to previous migration",
             )),
-            _ => Ok(()),
+            _ => self
+                .migration_blockers()
+                .into_iter()
+                .next()
+                .map_or(Ok(()), |why| Err(Error(why))),
         }
     }
 
