@@ -142,6 +142,10 @@ pub trait Chardev: Send + Sync {
     /// Drops the present client, if there is one; the receiver is told `Closed`.
     fn hang_up(&self) {}
 
+    /// Ends it: what is queued is written as far as it goes at once, nobody can connect any more,
+    /// and a socket's path is gone.
+    fn close(&self) {}
+
     /// The ring buffer behind it, if it is one.
     fn ringbuf(&self) -> Option<&dyn Ringbuf> {
         None

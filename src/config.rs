@@ -1,5 +1,6 @@
 //! What the command line asked for, checked in itself and ready to be built.
 
+use std::fmt;
 use std::path::PathBuf;
 
 /// Everything the program needs to know to start.
@@ -116,6 +117,21 @@ pub struct ChardevConfig {
     pub id: String,
     /// What it is.
     pub kind: ChardevKind,
+}
+
+impl fmt::Display for ChardevKind {
+    /// As options name it, but for `server` and `wait`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Stdio => f.write_str("stdio"),
+            Self::File(path) => write!(f, "file:{}", path.display()),
+            Self::Unix { path, .. } => write!(f, "unix:{}", path.display()),
+            Self::Tcp { host, port, .. } => write!(f, "tcp:{host}:{port}"),
+            Self::Pty => f.write_str("pty"),
+            Self::Null => f.write_str("null"),
+            Self::Ringbuf { .. } => f.write_str("ringbuf"),
+        }
+    }
 }
 
 /// Kinds of character device built in this version.

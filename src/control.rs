@@ -126,7 +126,9 @@ impl Control {
             Some(incoming) => {
                 self.machine().set_run_state(RunState::InMigrate);
                 match incoming {
-                    Incoming::Uri(uri) => self.listen(uri, &mut NamedFds::new()),
+                    Incoming::Uri(uri) => self
+                        .listen(uri, &mut NamedFds::new())
+                        .map_err(|error| Error(format!("-incoming {uri}: {error}"))),
                     Incoming::Defer => Ok(()),
                 }
             }
@@ -245,6 +247,9 @@ impl Control {
             && let Err(error) = self.machine().stop(RunState::Shutdown)
         {
             log::warn!("Failed to stop the guest: {error}");
+        }
+        for chardev in &self.chardevs {
+            chardev.close();
         }
     }
 

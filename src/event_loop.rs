@@ -51,7 +51,7 @@ impl Signals {
         let target = Arc::clone(&mailbox);
         let interest = Interest {
             readable: true,
-            writable: false,
+            ..Interest::default()
         };
         let ready = Box::new(move |_| {
             while let Some(signal) = signal::next(&source) {

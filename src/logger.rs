@@ -79,6 +79,14 @@ pub fn to_sink(sink: Sink) {
     }
 }
 
+/// Ends what [`to_sink`] began; a log file stays where it is.
+pub fn to_stderr() {
+    let mut target = LOGGER.target.lock().unwrap_or_else(PoisonError::into_inner);
+    if matches!(*target, Target::Sink(_)) {
+        *target = Target::Stderr;
+    }
+}
+
 impl Log for Logger {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
         if metadata.level() <= log::Level::Warn {

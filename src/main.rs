@@ -36,6 +36,7 @@ fn main() -> ExitCode {
 }
 
 fn fail(error: &dyn std::fmt::Display) -> ExitCode {
-    eprintln!("hmpsh: {error}");
+    // One line, also where QEMU's sentence comes on several.
+    eprintln!("hmpsh: {}", error.to_string().replace('\n', " "));
     ExitCode::FAILURE
 }

@@ -28,6 +28,8 @@ pub struct Interest {
     pub readable: bool,
     /// Writable.
     pub writable: bool,
+    /// Closed in both directions, or failed.
+    pub over: bool,
 }
 
 /// Called on the event loop's thread with what is ready; it may use the registry.
@@ -179,6 +181,7 @@ impl Poll {
             let interest = Interest {
                 readable: watched.interest.readable && (over || seen.contains(PollFlags::IN)),
                 writable: watched.interest.writable && (over || seen.contains(PollFlags::OUT)),
+                over: watched.interest.over && over,
             };
             (interest != Interest::default()).then_some((watched, interest))
         });
@@ -318,14 +321,17 @@ mod tests {
     const READ: Interest = Interest {
         readable: true,
         writable: false,
+        over: false,
     };
     const WRITE: Interest = Interest {
         readable: false,
         writable: true,
+        over: false,
     };
     const NONE: Interest = Interest {
         readable: false,
         writable: false,
+        over: false,
     };
 
     fn at_once(poll: &Poll) {

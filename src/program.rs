@@ -4,14 +4,14 @@
 
 use std::io::{self, IsTerminal};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::chardev::{self, Chardev};
 use crate::cli::daemon;
 use crate::cli::pidfile::Pidfile;
-use crate::config::{ChardevKind, Config};
+use crate::config::{ChardevConfig, ChardevKind, Config};
 use crate::control::{Control, Error, NamedFds, Shared};
 use crate::errno::Errno;
-use crate::event::Event;
 use crate::event_loop::{self, Signals};
 use crate::logger;
 use crate::migration::channel;
@@ -41,12 +41,13 @@ pub fn run(config: Config) -> Result<u8, Error> {
         .map_err(Error::new)?;
     let poll = Poll::new().map_err(Error::new)?;
     let signals = Signals::install(&poll).map_err(Error::new)?;
-    let has_terminal = io::stdin().is_terminal() && io::stdout().is_terminal();
-    let chardevs = open_chardevs(&config, &poll, &signals, has_terminal)?;
+    let shell = Arc::new(AtomicBool::new(false));
+    let chardevs = open_chardevs(&config, &poll, &signals)?;
     let control = Control::new(config, poll, chardevs, inherited)?;
     control.launch()?;
-    obey_signals(&signals, &control, has_terminal);
-    attach_monitors(&control)?;
+    obey_signals(&signals, &control, &shell);
+    let _terminal = Terminal::take(control.config())?;
+    attach_monitors(&control, &shell)?;
     if has_commands(&control) {
         script::start(&control)?;
     }
@@ -86,50 +87,95 @@ fn start_log(config: &Config) -> Result<(), Error> {
         .map_err(|word| Error(format!("-d: invalid log item: {word}")))
 }
 
-/// All but the terminal, which the shell drives.
+/// All but the terminal, if a shell drives it.
 fn open_chardevs(
     config: &Config,
     poll: &Poll,
     signals: &Signals,
-    has_terminal: bool,
 ) -> Result<Vec<Arc<dyn Chardev>>, Error> {
-    config
-        .chardevs
-        .iter()
-        .filter(|chardev| !(has_terminal && chardev.kind == ChardevKind::Stdio))
-        .map(|chardev| chardev::open(chardev, poll, &|| signals.is_pending()).map_err(Error::new))
-        .collect()
+    let shell = terminal_of_shell(config);
+    let open = |chardev: &ChardevConfig| {
+        chardev::open(chardev, poll, &|| signals.is_pending()).map_err(|error| {
+            let ChardevConfig { id, kind } = chardev;
+            Error(format!("chardev {id} ({kind}): {error}"))
+        })
+    };
+    let mut chardevs = config.chardevs.iter();
+    let rest = chardevs.by_ref().filter(|chardev| Some(*chardev) != shell);
+    rest.map(open).collect()
 }
 
-fn attach_monitors(control: &Shared) -> Result<(), Error> {
+/// The chardev a shell is to drive: standard input and output, if they are a terminal and a
+/// monitor is there.
+fn terminal_of_shell(config: &Config) -> Option<&ChardevConfig> {
+    let is_monitor = |chardev: &ChardevConfig| {
+        let mut monitors = config.monitors.iter();
+        monitors.any(|monitor| monitor.chardev == chardev.id)
+    };
+    let mut chardevs = config.chardevs.iter();
+    chardevs
+        .find(|chardev| chardev.kind == ChardevKind::Stdio && is_monitor(chardev))
+        .filter(|_| terminal::is_there())
+}
+
+/// The terminal the program was started on: given back as it was, however [`run`] ends.
+struct Terminal;
+
+impl Terminal {
+    /// A serial port on the terminal gets each key; a shell takes the terminal by itself.
+    fn take(config: &Config) -> Result<Self, Error> {
+        let mut chardevs = config.chardevs.iter();
+        let is_used = chardevs.any(|chardev| chardev.kind == ChardevKind::Stdio);
+        if is_used && terminal::is_there() && terminal_of_shell(config).is_none() {
+            terminal::pass_keys().map_err(Error::new)?;
+        }
+        Ok(Self)
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        terminal::release();
+    }
+}
+
+/// Says so when it is dropped: the shell has ended, orderly or by a panic.
+struct Alive(Arc<AtomicBool>);
+
+impl Drop for Alive {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
+    }
+}
+
+fn attach_monitors(control: &Shared, shell: &Arc<AtomicBool>) -> Result<(), Error> {
     for monitor in &control.config().monitors {
         match control.chardev(&monitor.chardev) {
             Some(chardev) => {
                 wire::attach(control, chardev, control.poll(), &control.config().prompt);
             }
-            None => start_shell(control)?,
+            None => start_shell(control, shell)?,
         }
     }
     Ok(())
 }
 
 /// The terminal has a thread of its own: reading a line can not be interrupted.
-fn start_shell(control: &Shared) -> Result<(), Error> {
+fn start_shell(control: &Shared, alive: &Arc<AtomicBool>) -> Result<(), Error> {
     let control = control.clone();
+    alive.store(true, Ordering::SeqCst);
+    let alive = Alive(Arc::clone(alive));
     let run = move || {
+        let _alive = alive;
         let session = Session::new(control.clone(), Box::new(io::stdout()), History::default());
         let shell = match Shell::new(session, &control.config().prompt) {
             Ok(shell) => shell,
             Err(error) => return log::error!("The terminal can not be used: {error}"),
         };
-        let (notices, lines) = (shell.notices(), shell.notices());
-        logger::to_sink(Box::new(move |line| lines.print(line)));
-        control.subscribe(Box::new(move |event| {
-            if let Event::Notice(text) = event {
-                notices.print(text);
-            }
-        }));
+        let notices = shell.notices();
+        logger::to_sink(Box::new(move |line| notices.print(line)));
         shell.run();
+        logger::to_stderr();
     };
     std::thread::Builder::new()
         .name("shell".to_owned())
@@ -138,14 +184,20 @@ fn start_shell(control: &Shared) -> Result<(), Error> {
     Ok(())
 }
 
-/// A signal ends the program as `quit` does; at a terminal ^C is the shell's business.
-fn obey_signals(signals: &Signals, control: &Shared, has_terminal: bool) {
-    let control = control.clone();
+/// A signal ends the program as `quit` does; as long as there is a shell ^C is its business.
+fn obey_signals(signals: &Signals, control: &Shared, shell: &Arc<AtomicBool>) {
+    let (control, shell) = (control.clone(), Arc::clone(shell));
     signals.receive(Box::new(move |signal| {
-        if has_terminal && signal.is_interrupt() {
+        let has_shell = shell.load(Ordering::SeqCst);
+        if has_shell && signal.is_interrupt() {
             return;
         }
-        terminal::restore();
+        terminal::release();
+        logger::to_stderr();
+        if has_shell {
+            // Off the line that is being typed.
+            terminal::say("\n");
+        }
         log::warn!("{signal}");
         control.quit();
     }));

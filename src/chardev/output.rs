@@ -12,7 +12,10 @@ use rustix::net::SendFlags;
 use crate::socket::{Waited, wait};
 
 /// Bytes that are kept for a reader who is slower than the writer; what comes beyond is dropped.
-pub(super) const BOUND: usize = 1 << 20;
+/// Room for the longest answers of a monitor.
+pub(super) const BOUND: usize = 16 << 20;
+/// From here on no input should be taken that leads to more output.
+pub(super) const BUSY: usize = 64 << 10;
 
 /// How a descriptor is kept from blocking.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -103,6 +106,11 @@ impl Output {
     /// Whether something waits for room.
     pub(super) fn has_queue(&self) -> bool {
         !self.queue.is_empty()
+    }
+
+    /// Whether so much waits that no more should be asked for.
+    pub(super) fn is_busy(&self) -> bool {
+        self.queue.len() > BUSY
     }
 
     /// Whether the reader is gone.

@@ -154,7 +154,7 @@ impl Socket {
         });
         let interest = Interest {
             readable: true,
-            writable: false,
+            ..Interest::default()
         };
         self.hold(self.poll.register(Arc::clone(knock), interest, ready));
     }
@@ -290,6 +290,16 @@ impl Chardev for Socket {
                 }
             }
         }));
+    }
+
+    fn close(&self) {
+        let mut state = self.lock();
+        let (listening, link) = (state.listening.take(), state.link.take());
+        drop(state);
+        drop((listening, link));
+        if let End::Server(listener) = &self.end {
+            listener.unlink();
+        }
     }
 
     fn set_readable(&self, readable: bool) {

@@ -61,6 +61,10 @@ impl Chardev for Stdio {
         self.stream.set_readable(true);
     }
 
+    fn close(&self) {
+        self.stream.flush();
+    }
+
     fn set_readable(&self, readable: bool) {
         self.stream.set_readable(readable);
     }

@@ -26,8 +26,9 @@ pub(super) enum Input {
 /// with no lock held.
 pub(super) type Told = Box<dyn Fn(Incoming) + Send + Sync>;
 
-/// Most bytes delivered at once, so that one connection does not starve the others.
-const CHUNK: usize = 4096;
+/// Most bytes delivered at once, so that one connection does not starve the others, and that the
+/// echo of a chunk (16 KiB for each byte of the longest line) is not more than is kept.
+const CHUNK: usize = 256;
 /// Most descriptors that may come along with them.
 const DESCRIPTORS: usize = 16;
 /// How long last words may take when the connection is dropped.
@@ -50,6 +51,8 @@ struct State {
     output: Output,
     reading: Option<Registration>,
     writing: Option<Registration>,
+    /// Whether input is wanted.
+    is_wanted: bool,
     is_over: bool,
 }
 
@@ -66,6 +69,7 @@ impl Stream {
             output: Output::new(Arc::clone(&output))?,
             reading: None,
             writing: None,
+            is_wanted: false,
             is_over: false,
         };
         let inner = Arc::new(Inner {
@@ -99,14 +103,16 @@ impl Stream {
         self.inner.change_output(|output| output.write(bytes));
     }
 
+    /// Writes what is queued, unless its reader takes too long.
+    pub(super) fn flush(&self) {
+        self.inner.lock().output.flush(PARTING);
+    }
+
     /// Starts or stops taking input.
     pub(super) fn set_readable(&self, readable: bool) {
-        if let Some(reading) = &self.inner.lock().reading {
-            reading.set_interest(Interest {
-                readable,
-                writable: false,
-            });
-        }
+        let mut state = self.inner.lock();
+        state.is_wanted = readable;
+        self.inner.watch(&state);
     }
 }
 
@@ -135,20 +141,14 @@ impl Inner {
         }
     }
 
-    /// Writes, and keeps the registry informed about whether something waits for room.
+    /// Writes.
     fn change_output(self: &Arc<Self>, change: impl FnOnce(&mut Output)) {
         let mut state = self.lock();
         if state.is_over {
             return;
         }
         change(&mut state.output);
-        let writable = state.output.has_queue();
-        if let Some(writing) = &state.writing {
-            writing.set_interest(Interest {
-                readable: false,
-                writable,
-            });
-        }
+        self.watch(&state);
         if state.output.is_broken() && self.how == Input::WithDescriptors {
             // A socket whose reader is gone is over in both directions. Told later: whoever is
             // writing may hold locks.
@@ -158,6 +158,26 @@ impl Inner {
                     inner.end();
                 }
             }));
+        }
+    }
+
+    /// Keeps the registry informed about what is waited for: room if something is queued, input if
+    /// it is wanted and its answers would not only make a long queue longer.
+    fn watch(&self, state: &State) {
+        if let Some(writing) = &state.writing {
+            writing.set_interest(Interest {
+                writable: state.output.has_queue(),
+                ..Interest::default()
+            });
+        }
+        if let Some(reading) = &state.reading {
+            reading.set_interest(Interest {
+                readable: state.is_wanted && !state.output.is_busy(),
+                // A socket's client that goes away makes room for the next one even while its
+                // input is not wanted; what a pipe still holds can wait.
+                over: self.how == Input::WithDescriptors,
+                ..Interest::default()
+            });
         }
     }
 

@@ -72,7 +72,8 @@ impl Pidfile {
             writeln!(file, "{}", std::process::id()).map_err(failed)?;
             return Ok(Self {
                 file,
-                path: path.to_owned(),
+                // Removed by this name, wherever the process stands then.
+                path: std::path::absolute(path).map_err(failed)?,
             });
         }
     }

@@ -20,7 +20,11 @@ impl Events {
 
     /// Tells everybody.
     pub fn tell(&self, event: &Event) {
-        log::debug!("{event:?}");
+        match event {
+            // Even if nobody listens (yet) the operator reads it.
+            Event::Notice(text) => log::warn!("{text}"),
+            event => log::debug!("{event:?}"),
+        }
         lock(&self.0).iter().for_each(|listener| listener(event));
     }
 }

@@ -135,11 +135,15 @@ impl Control {
 
     /// Character devices.
     pub fn chardevs(&self) -> Vec<ChardevInfo> {
-        self.chardevs
-            .iter()
-            .map(|chardev| ChardevInfo {
-                id: chardev.id().to_owned(),
-                description: chardev.description(),
+        let configured = self.config.chardevs.iter();
+        configured
+            .map(|configured| ChardevInfo {
+                id: configured.id.clone(),
+                description: match self.chardev(&configured.id) {
+                    Some(chardev) => chardev.description(),
+                    // The terminal, which its shell drives.
+                    None => "stdio".to_owned(),
+                },
             })
             .collect()
     }

@@ -7,6 +7,7 @@
 use std::io::Write;
 use std::os::fd::OwnedFd;
 
+use super::history::History;
 use super::interpreter::Interpreter;
 use super::progress::Progress;
 use super::readline::{Key, LINE_LIMIT, Readline};
@@ -20,6 +21,8 @@ pub enum Action {
     None,
     /// Take no more input, tick each second, and say when the migration has ended.
     Suspend,
+    /// Say when the migration has ended.
+    Await,
     /// Drop the client.
     HangUp,
 }
@@ -33,6 +36,8 @@ pub struct Conversation<I> {
     state: State,
     /// Input that came before it was known that no more was wanted.
     kept: Vec<u8>,
+    /// Lines of a client that left while its migration ran: executed when that has ended, unseen.
+    left: Vec<u8>,
     /// Whether somebody is there to read.
     is_open: bool,
     /// Whether the other side is a client that can be dropped.
@@ -65,6 +70,7 @@ impl<I: Interpreter> Conversation<I> {
             banner: banner(),
             state: State::Prompting,
             kept: Vec::new(),
+            left: Vec::new(),
             is_open: false,
             has_clients,
         }
@@ -86,11 +92,47 @@ impl<I: Interpreter> Conversation<I> {
         self.write(&out);
     }
 
-    /// Somebody left; the session stays as it is.
+    /// Somebody left; the session stays as it is. A migration that was waited for goes on, and
+    /// the next one to join gets a prompt at once.
     pub fn closed(&mut self) {
         self.is_open = false;
         self.readline.reset();
-        self.kept.clear();
+        let kept = std::mem::take(&mut self.kept);
+        if let State::Waiting(_) = self.state {
+            self.state = State::Prompting;
+            let complete = kept.iter().rposition(|byte| matches!(byte, b'\n' | b'\r'));
+            let complete = &kept[..complete.map_or(0, |last| last + 1)];
+            let room = KEPT_LIMIT.saturating_sub(self.left.len());
+            self.left
+                .extend_from_slice(&complete[..complete.len().min(room)]);
+        }
+    }
+
+    /// Executes what a client that left had typed ahead. To be called when a migration has ended,
+    /// whether it is waited for or not.
+    pub fn catch_up(&mut self) -> Action {
+        let left = std::mem::take(&mut self.left);
+        let mut readline = Readline::new("", History::default());
+        for (index, byte) in left.iter().enumerate() {
+            let Key::Line(line) = readline.feed(*byte, &mut Vec::new()) else {
+                continue;
+            };
+            self.interpreter.mute(true);
+            let outcome = self.interpreter.execute(&String::from_utf8_lossy(&line));
+            self.interpreter.mute(false);
+            match outcome {
+                Outcome::Done | Outcome::Failed => (),
+                Outcome::Suspended => {
+                    self.left = left[index + 1..].to_vec();
+                    return Action::Await;
+                }
+                Outcome::Quit => {
+                    self.state = State::Ended;
+                    return Action::None;
+                }
+            }
+        }
+        Action::None
     }
 
     /// Input.
@@ -114,6 +156,11 @@ impl<I: Interpreter> Conversation<I> {
             let text = progress.tick(percent);
             self.write(text.as_bytes());
         }
+    }
+
+    /// Whether no lines are taken because a migration is waited for.
+    pub fn is_waiting(&self) -> bool {
+        matches!(self.state, State::Waiting(_))
     }
 
     /// The migration has ended, or needs the operator: the prompt comes back, and input that was
@@ -235,7 +282,6 @@ mod tests {
     use crate::migration::stats::{RamStats, Snapshot};
     use crate::monitor::args::{Sticky, tests::answer};
     use crate::monitor::complete::{Candidates, complete, tests::Known};
-    use crate::monitor::history::History;
     use crate::monitor::interpreter::Ended;
 
     /// What the other side has received.
@@ -272,20 +318,29 @@ mod tests {
         sticky: Sticky,
         history: History,
         percent: Arc<Mutex<u8>>,
+        is_muted: bool,
+        executed: Vec<String>,
     }
 
     impl Interpreter for Script {
         fn execute(&mut self, line: &str) -> Outcome {
+            self.executed.push(line.to_owned());
             let words: Vec<_> = line.split_whitespace().collect();
             match words[..] {
                 ["migrate", ..] if words.len() > 1 => Outcome::Suspended,
                 ["quit"] => Outcome::Quit,
                 _ => {
                     let text = answer(line, &mut self.sticky).replace('\n', "\r\n");
-                    let _ = self.seen.write(text.as_bytes());
+                    if !self.is_muted {
+                        let _ = self.seen.write(text.as_bytes());
+                    }
                     Outcome::Done
                 }
             }
+        }
+
+        fn mute(&mut self, is_muted: bool) {
+            self.is_muted = is_muted;
         }
 
         fn complete(&self, line: &str) -> Candidates {
@@ -350,6 +405,8 @@ mod tests {
             sticky: Sticky::default(),
             history: History::default(),
             percent: Arc::clone(&percent),
+            is_muted: false,
+            executed: Vec::new(),
         };
         let mut conversation =
             Conversation::new(script, "(qemu) ", Box::new(seen.clone()), has_clients);
@@ -496,16 +553,37 @@ mod tests {
         assert!(stage.seen.text().ends_with("information\r\n(qemu) "));
         stage.send(b"\x1b[A");
         assert_eq!(stage.seen.text(), "foo\x1b[K");
-        stage.send(b"\x15migrate tcp:x\n");
+    }
+
+    #[test]
+    fn a_client_that_leaves_in_a_migration_leaves_a_prompt_and_its_lines() {
+        let mut stage = stage(true);
+        stage.send(b"migrate tcp:x\n");
+        stage.send(b"foo\nmigrate tcp:y\nbar\nhalf a li");
+        assert!(stage.conversation.is_waiting());
         stage.conversation.closed();
         stage.seen.take();
         stage.conversation.opened();
+        assert!(stage.seen.text().ends_with("information\r\n(qemu) "));
+        stage.send(b"ne");
+        stage.seen.take();
+        stage.conversation.tick();
+        assert_eq!(stage.conversation.resume(), Action::None);
+        assert_eq!(stage.conversation.catch_up(), Action::Await);
+        assert_eq!(stage.conversation.catch_up(), Action::None);
+        assert_eq!(stage.conversation.catch_up(), Action::None);
+        assert_eq!(stage.seen.text(), "", "nobody is told");
+        stage.send(b"w\n");
         assert!(
-            stage.seen.text().ends_with("information\r\n"),
-            "no prompt while it waits"
+            stage
+                .seen
+                .text()
+                .ends_with("unknown command: 'new'\r\n(qemu) ")
         );
-        stage.conversation.resume();
-        assert!(stage.seen.text().ends_with("(qemu) "));
+        assert_eq!(
+            stage.conversation.interpreter.executed,
+            ["migrate tcp:x", "foo", "migrate tcp:y", "bar", "new"]
+        );
     }
 
     #[test]

@@ -19,6 +19,9 @@ pub trait Interpreter: Send {
     /// Executes a line; prints by itself.
     fn execute(&mut self, line: &str) -> Outcome;
 
+    /// From now on prints nothing (`true`), or again what there is to say.
+    fn mute(&mut self, is_muted: bool);
+
     /// Candidates for the end of the line up to the cursor.
     fn complete(&self, line: &str) -> Candidates;
 
@@ -47,6 +50,10 @@ pub trait Interpreter: Send {
 impl Interpreter for Session {
     fn execute(&mut self, line: &str) -> Outcome {
         Self::execute(self, line)
+    }
+
+    fn mute(&mut self, is_muted: bool) {
+        Self::mute(self, is_muted);
     }
 
     fn complete(&self, line: &str) -> Candidates {

@@ -30,29 +30,35 @@ pub fn start(control: &Shared) -> Result<(), Error> {
         .spawn(move || {
             let mut session =
                 Session::new(control.clone(), Box::new(io::stdout()), History::default());
-            match lines
+            let ended = lines
                 .iter()
-                .try_for_each(|line| execute(&mut session, line))
-            {
-                Ok(()) => control.quit(),
-                Err(Failed) => control.quit_with(1),
+                .try_for_each(|line| execute(&mut session, line));
+            match ended {
+                Ok(()) | Err(End::Quit) => control.quit(),
+                Err(End::Failed) => control.quit_with(1),
             }
         })
         .map_err(|error| Error(format!("Failed to start the script's thread: {error}")))?;
     Ok(())
 }
 
-/// A command did not do what it was told to, and has said why.
-struct Failed;
+/// Why no further line is executed.
+enum End {
+    /// `quit` was said.
+    Quit,
+    /// A command did not do what it was told to, and has said why.
+    Failed,
+}
 
-fn execute(session: &mut Session, line: &str) -> Result<(), Failed> {
+fn execute(session: &mut Session, line: &str) -> Result<(), End> {
     let is_comment = line.trim_start().starts_with('#');
     if is_comment {
         return Ok(());
     }
     match session.execute(line) {
-        Outcome::Done | Outcome::Quit => Ok(()),
-        Outcome::Failed => Err(Failed),
+        Outcome::Done => Ok(()),
+        Outcome::Quit => Err(End::Quit),
+        Outcome::Failed => Err(End::Failed),
         Outcome::Suspended => {
             let (tell, told) = mpsc::channel();
             session.control().when_migration_ends(Box::new(move || {
@@ -63,7 +69,7 @@ fn execute(session: &mut Session, line: &str) -> Result<(), Failed> {
             if session.conclude() {
                 Ok(())
             } else {
-                Err(Failed)
+                Err(End::Failed)
             }
         }
     }

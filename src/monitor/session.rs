@@ -28,6 +28,7 @@ pub type Output = Box<dyn Write + Send>;
 pub struct Session {
     pub(super) control: Arc<Control>,
     output: Output,
+    is_muted: bool,
     history: History,
     /// Named with `getfd`.
     pub(super) fds: NamedFds,
@@ -89,6 +90,7 @@ impl Session {
         Self {
             control,
             output,
+            is_muted: false,
             history,
             fds: NamedFds::new(),
             arrived: VecDeque::new(),
@@ -146,6 +148,11 @@ impl Session {
         &self.control
     }
 
+    /// Whether what there is to say is to be lost: nobody is there who asked for it.
+    pub fn mute(&mut self, is_muted: bool) {
+        self.is_muted = is_muted;
+    }
+
     /// Prints text.
     pub fn print(&mut self, text: &str) {
         self.print_bytes(text.as_bytes());
@@ -153,7 +160,9 @@ impl Session {
 
     /// Prints bytes that may be no text. A reader that went away is not the session's business.
     pub fn print_bytes(&mut self, bytes: &[u8]) {
-        let _ = self.output.write_all(bytes);
+        if !self.is_muted {
+            let _ = self.output.write_all(bytes);
+        }
     }
 
     /// The descriptor that arrived first.

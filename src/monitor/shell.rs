@@ -7,28 +7,30 @@
 use std::cell::RefCell;
 use std::path::PathBuf;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::{env, fs, io};
 
 use rustyline::config::{BellStyle, CompletionType, Configurer};
 use rustyline::error::ReadlineError;
 use rustyline::history::FileHistory;
 use rustyline::{
-    Cmd, ConditionalEventHandler, Config, Editor, Event, EventContext, EventHandler,
-    ExternalPrinter, KeyEvent, RepeatCount,
+    Cmd, ConditionalEventHandler, Config, Editor, Event, EventContext, EventHandler, KeyEvent,
+    RepeatCount,
 };
 
 use self::foreground::End;
 use self::helper::Helper;
+pub use self::notices::Notices;
 use super::conversation::banner;
 use super::interpreter::Interpreter;
 use super::session::{Outcome, conclusion};
-use super::terminal::{self, say};
+use super::terminal::{self, Keys, say};
 use crate::migration::stats::{Snapshot, Status};
 
 mod foreground;
 mod helper;
+mod notices;
 
 /// A shell that has the terminal.
 pub struct Shell<I: Interpreter> {
@@ -37,23 +39,13 @@ pub struct Shell<I: Interpreter> {
     prompt: String,
     notices: Notices,
     history: Option<PathBuf>,
-    /// Whether ^C came on a line with text.
-    had_text: Arc<AtomicBool>,
+    /// Whether ^C ended the line.
+    was_interrupted: Arc<AtomicBool>,
     /// Typed while a migration ran in the foreground.
     ahead: String,
-}
-
-/// Prints above the prompt, from any thread.
-#[derive(Clone)]
-pub struct Notices(Arc<Mutex<dyn ExternalPrinter + Send>>);
-
-impl Notices {
-    /// Prints one line.
-    pub fn print(&self, line: &str) {
-        let mut printer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // The shell has ended if this fails.
-        let _ = printer.print(format!("{line}\n"));
-    }
+    /// Between two lines too nothing is echoed, and ^C and ^Z are keys. None on a terminal that
+    /// edits its lines itself.
+    keys: Option<Keys>,
 }
 
 impl<I: Interpreter + 'static> Shell<I> {
@@ -61,6 +53,7 @@ impl<I: Interpreter + 'static> Shell<I> {
     pub fn new(interpreter: I, prompt: &str) -> io::Result<Self> {
         terminal::save()?;
         terminal::restore_on_panic();
+        let keys = if is_dumb() { None } else { Some(Keys::grab()?) };
         let mut config = Config::builder();
         config.enable_synchronized_output(false);
         let config = config
@@ -74,8 +67,8 @@ impl<I: Interpreter + 'static> Shell<I> {
         let mut editor = Editor::with_config(config).map_err(into_io)?;
         let interpreter = Rc::new(RefCell::new(interpreter));
         editor.set_helper(Some(Helper::new(Rc::clone(&interpreter))));
-        let had_text = Arc::new(AtomicBool::new(false));
-        let interrupt = Interrupt(Arc::clone(&had_text));
+        let was_interrupted = Arc::new(AtomicBool::new(false));
+        let interrupt = Interrupt(Arc::clone(&was_interrupted));
         editor.bind_sequence(
             KeyEvent::ctrl('C'),
             EventHandler::Conditional(Box::new(interrupt)),
@@ -86,7 +79,7 @@ impl<I: Interpreter + 'static> Shell<I> {
         );
         editor.bind_sequence(KeyEvent::ctrl('Z'), EventHandler::Simple(Cmd::Noop));
         let printer = editor.create_external_printer().map_err(into_io)?;
-        let notices = Notices(Arc::new(Mutex::new(printer)));
+        let notices = Notices::new(printer);
         let history = history_file();
         if let Some(path) = &history {
             // There is none the first time.
@@ -98,8 +91,9 @@ impl<I: Interpreter + 'static> Shell<I> {
             prompt: prompt.to_owned(),
             notices,
             history,
-            had_text,
+            was_interrupted,
             ahead: String::new(),
+            keys,
         })
     }
 
@@ -134,15 +128,18 @@ impl<I: Interpreter + 'static> Shell<I> {
                 .editor
                 .readline_with_initial(&self.prompt, (&typed, ""))
             {
-                Ok(line) => return Some(line),
-                Err(ReadlineError::Interrupted) => {
-                    if !self.had_text.load(Ordering::Relaxed) {
+                Ok(line) if self.was_interrupted.swap(false, Ordering::Relaxed) => {
+                    if line.is_empty() {
                         say("Type quit to end the VM\n");
                     }
                 }
+                Ok(line) => return Some(line),
+                // ^\ is as good as ^C, but takes with it what was typed ahead.
+                Err(ReadlineError::Interrupted) => (),
                 Err(ReadlineError::Eof) => return None,
                 // A signal or a resized window: ask again.
                 Err(ReadlineError::Signal(_)) => (),
+                Err(_) if terminal::is_released() => return None,
                 Err(error) => {
                     say(&format!("hmpsh: the terminal can not be read: {error}\n"));
                     return None;
@@ -160,7 +157,9 @@ impl<I: Interpreter + 'static> Shell<I> {
             Outcome::Quit => false,
             Outcome::Suspended => {
                 let mut interpreter = self.interpreter.borrow_mut();
-                match foreground::wait(&mut *interpreter, &mut self.ahead) {
+                // Without them there still is a migration to wait for.
+                let _keys = self.keys.is_none().then(Keys::grab);
+                match foreground::wait(&mut *interpreter, &mut self.ahead, &self.notices) {
                     End::Over => {
                         interpreter.conclude();
                     }
@@ -200,13 +199,14 @@ fn ended(snapshot: &Snapshot) -> String {
     }
 }
 
-/// ^C: notes whether there was text, which is all that tells clearing a line from leaving.
+/// ^C: ends the line like Enter and notes that it is not to be executed. The editor's own way to
+/// interrupt would lose what was typed behind it.
 struct Interrupt(Arc<AtomicBool>);
 
 impl ConditionalEventHandler for Interrupt {
-    fn handle(&self, _: &Event, _: RepeatCount, _: bool, context: &EventContext) -> Option<Cmd> {
-        self.0.store(!context.line().is_empty(), Ordering::Relaxed);
-        Some(Cmd::Interrupt)
+    fn handle(&self, _: &Event, _: RepeatCount, _: bool, _: &EventContext) -> Option<Cmd> {
+        self.0.store(true, Ordering::Relaxed);
+        Some(Cmd::AcceptLine)
     }
 }
 
@@ -230,6 +230,14 @@ fn history_file() -> Option<PathBuf> {
     let directory = state.join("hmpsh");
     fs::create_dir_all(&directory).ok()?;
     Some(directory.join("history"))
+}
+
+/// Whether rustyline leaves line editing to the terminal.
+fn is_dumb() -> bool {
+    let name = env::var("TERM").unwrap_or_default();
+    ["dumb", "cons25", "emacs"]
+        .iter()
+        .any(|dumb| name.eq_ignore_ascii_case(dumb))
 }
 
 fn into_io(error: ReadlineError) -> io::Error {

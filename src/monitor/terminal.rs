@@ -2,32 +2,90 @@
 //!
 //! Whatever ends the program (a signal, a panic, quit from another monitor) leaves the operator a
 //! terminal that echoes: the settings are kept in the one place that a signal thread, a panic hook
-//! and a drop can all reach.
+//! and a drop can all reach. At the end the terminal is taken from whoever still reads it, so that
+//! nobody can change its settings once more.
 
-use std::io::{self, IsTerminal, Write};
-use std::sync::{Mutex, PoisonError};
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use crossterm::cursor::Show;
+use crossterm::style::ResetColor;
+use crossterm::tty::IsTty;
+use rustix::fs::{Mode, OFlags};
 use rustix::termios::{LocalModes, OptionalActions, Termios, tcgetattr, tcsetattr};
 
-/// Settings of standard input at the start; `None` as long as they were not touched.
-static SAVED: Mutex<Option<Termios>> = Mutex::new(None);
+/// Settings of standard input at the start.
+static SAVED: Mutex<Saved> = Mutex::new(Saved::Untouched);
+
+enum Saved {
+    /// As whoever started us left it.
+    Untouched,
+    /// Changed since; it was like this.
+    Settings(Termios),
+    /// Given back: standard input is the terminal no longer.
+    Released,
+}
+
+/// Whether an operator sits there: standard input and output are a terminal.
+pub fn is_there() -> bool {
+    io::stdin().is_tty() && io::stdout().is_tty()
+}
 
 /// Keeps the present settings for [`restore`]. Does nothing if standard input is no terminal.
 pub fn save() -> io::Result<()> {
-    if io::stdin().is_terminal() {
+    if io::stdin().is_tty() {
         let now = tcgetattr(io::stdin())?;
-        *SAVED.lock().unwrap_or_else(PoisonError::into_inner) = Some(now);
+        *saved() = Saved::Settings(now);
     }
     Ok(())
 }
 
 /// Puts the kept settings back; can be called any number of times, from any thread.
 pub fn restore() {
-    let saved = SAVED.lock().unwrap_or_else(PoisonError::into_inner);
-    if let Some(saved) = &*saved {
+    if let Saved::Settings(settings) = &*saved() {
         // There is nobody left to tell.
-        let _ = tcsetattr(io::stdin(), OptionalActions::Now, saved);
+        let _ = tcsetattr(io::stdin(), OptionalActions::Now, settings);
     }
+}
+
+/// Puts the kept settings back for good: from now on standard input is `/dev/null`, and a shell
+/// that is between two lines finds no terminal to change.
+pub fn release() {
+    let mut saved = saved();
+    let Saved::Settings(settings) = &*saved else {
+        return;
+    };
+    let terminal = io::stdin().as_fd().try_clone_to_owned();
+    if let Ok(nowhere) = rustix::fs::open("/dev/null", OFlags::RDWR, Mode::empty()) {
+        // A failure leaves the terminal where it is, restored all the same.
+        let _ = rustix::stdio::dup2_stdin(&nowhere);
+    }
+    // A line editor or a progress line may have hidden the cursor or left a colour.
+    let _ = crossterm::execute!(io::stdout(), ResetColor, Show);
+    let _ = match terminal {
+        Ok(terminal) => tcsetattr(terminal, OptionalActions::Now, settings),
+        Err(_) => tcsetattr(io::stdin(), OptionalActions::Now, settings),
+    };
+    *saved = Saved::Released;
+}
+
+/// Whether the terminal was given back for good.
+pub(super) fn is_released() -> bool {
+    matches!(*saved(), Saved::Released)
+}
+
+/// Passes keys on one by one and unechoed, for a program that has no shell: ^C and its like keep
+/// their meaning.
+pub fn pass_keys() -> io::Result<()> {
+    save()?;
+    let mut settings = tcgetattr(io::stdin())?;
+    settings.local_modes -= LocalModes::ICANON | LocalModes::ECHO;
+    Ok(tcsetattr(io::stdin(), OptionalActions::Now, &settings)?)
+}
+
+fn saved() -> MutexGuard<'static, Saved> {
+    SAVED.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Makes a panic restore the terminal before it is reported.
@@ -40,7 +98,7 @@ pub fn restore_on_panic() {
 }
 
 /// Prints on standard output. A terminal that is gone is no reason to end: the machine runs on.
-pub(super) fn say(text: &str) {
+pub fn say(text: &str) {
     let mut out = io::stdout().lock();
     let _ = out.write_all(text.as_bytes()).and_then(|()| out.flush());
 }

@@ -25,6 +25,7 @@ pub fn attach(control: &Arc<Control>, chardev: &Arc<dyn Chardev>, poll: &Poll, p
         chardev: Arc::clone(chardev),
         poll: poll.clone(),
         ticking: None,
+        awaited: 0,
     }));
     chardev.receive(Box::new(move |incoming| incoming_to(&wire, incoming)));
 }
@@ -35,6 +36,9 @@ struct Wire {
     poll: Poll,
     /// There while a migration is waited for.
     ticking: Option<Registration>,
+    /// Counts migrations that were to be told of: the end of an earlier one must not end the wait
+    /// for a later one.
+    awaited: u64,
 }
 
 fn incoming_to(wire: &Arc<Mutex<Wire>>, incoming: Incoming) {
@@ -46,6 +50,7 @@ fn incoming_to(wire: &Arc<Mutex<Wire>>, incoming: Incoming) {
         }
         Incoming::Closed => {
             locked.conversation.closed();
+            locked.stop_waiting();
             Action::None
         }
         Incoming::Bytes(bytes, fds) => locked.conversation.input(&bytes, fds),
@@ -66,26 +71,41 @@ impl Wire {
                     Some(TICK),
                     Box::new(move || lock(&ticked).conversation.tick()),
                 ));
-                let (poll, ended) = (self.poll.clone(), Arc::clone(this));
-                // Called on the migration's thread, or at once: the lock held here must be free
-                // before the end is dealt with.
-                self.conversation
-                    .interpreter()
-                    .when_migration_ends(Box::new(move |_| {
-                        poll.defer(Box::new(move || {
-                            let mut wire = lock(&ended);
-                            wire.ended(&ended);
-                        }));
-                    }));
+                self.await_end(this);
             }
+            Action::Await => self.await_end(this),
         }
     }
 
-    fn ended(&mut self, this: &Arc<Mutex<Self>>) {
+    fn await_end(&mut self, this: &Arc<Mutex<Self>>) {
+        self.awaited += 1;
+        let awaited = self.awaited;
+        let (poll, ended) = (self.poll.clone(), Arc::clone(this));
+        // Called on the migration's thread, or at once: the lock held here must be free before
+        // the end is dealt with.
+        self.conversation
+            .interpreter()
+            .when_migration_ends(Box::new(move |_| {
+                poll.defer(Box::new(move || {
+                    let mut wire = lock(&ended);
+                    wire.ended(awaited, &ended);
+                }));
+            }));
+    }
+
+    fn ended(&mut self, awaited: u64, this: &Arc<Mutex<Self>>) {
+        if awaited == self.awaited && self.conversation.is_waiting() {
+            self.stop_waiting();
+            let action = self.conversation.resume();
+            self.follow(action, this);
+        }
+        let action = self.conversation.catch_up();
+        self.follow(action, this);
+    }
+
+    fn stop_waiting(&mut self) {
         self.ticking = None;
         self.chardev.set_readable(true);
-        let action = self.conversation.resume();
-        self.follow(action, this);
     }
 }
 

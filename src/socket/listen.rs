@@ -141,6 +141,13 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
+        self.unlink();
+    }
+}
+
+impl Listener {
+    /// Removes the path of a unix socket, unless it is another's by now.
+    pub fn unlink(&self) {
         if let Local::Unix {
             path,
             identity: Some(ours),

@@ -167,8 +167,9 @@ pub(super) fn open(
         }),
         Err(error) => {
             notice(format!(
-                "Could not access KVM kernel module: {error}; \
-                 using -accel none, the guest stays paused"
+                "Could not access KVM kernel module: {}; \
+                 using -accel none, the guest stays paused",
+                crate::errno::Errno(&error)
             ));
             Ok(None)
         }

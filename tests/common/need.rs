@@ -64,13 +64,18 @@ pub(crate) fn require(needs: &[Need]) -> bool {
             "HMPSH_REQUIRE names {}, but: {why}",
             need.name()
         );
-        let test = std::thread::current().name().unwrap_or("test").to_owned();
-        if let Ok(mut terminal) = OpenOptions::new().append(true).open("/dev/stderr") {
-            let _ = writeln!(terminal, "{test}: skipped: {why}");
-        }
+        skipped(&why);
         return false;
     }
     true
+}
+
+/// Tells why the calling test does not do its work, past libtest.
+pub(crate) fn skipped(why: &str) {
+    let test = std::thread::current().name().unwrap_or("test").to_owned();
+    if let Ok(mut terminal) = OpenOptions::new().append(true).open("/dev/stderr") {
+        let _ = writeln!(terminal, "{test}: skipped: {why}");
+    }
 }
 
 /// The command line of that QEMU, program first, if there is one of the right version.

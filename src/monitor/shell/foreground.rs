@@ -11,10 +11,11 @@ use std::time::{Duration, Instant};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
+use super::notices::Notices;
 use crate::migration::stats::{Snapshot, Status};
 use crate::monitor::interpreter::Interpreter;
 use crate::monitor::progress::Progress;
-use crate::monitor::terminal::{Keys, say};
+use crate::monitor::terminal::say;
 
 /// Why waiting ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,19 +26,25 @@ pub(super) enum End {
     Detached,
 }
 
-/// Waits; what is typed goes to `ahead`.
-pub(super) fn wait<I: Interpreter>(interpreter: &mut I, ahead: &mut String) -> End {
-    // Without raw keys or wakeups there still is a migration to wait for.
-    let keys = Keys::grab();
-    let end = match wakeup() {
-        Ok(ended) => Foreground::new(interpreter, ahead).run(&ended, keys.is_ok()),
+/// Waits; what is typed goes to `ahead`, what others print above the progress.
+pub(super) fn wait<I: Interpreter>(
+    interpreter: &mut I,
+    ahead: &mut String,
+    notices: &Notices,
+) -> End {
+    match wakeup() {
+        Ok(ended) => {
+            let foreground = Foreground::new(interpreter, ahead);
+            notices.stand_above(Some(foreground.line.clone()));
+            let end = foreground.run(&ended);
+            notices.stand_above(None);
+            end
+        }
         Err(error) => {
             say(&format!("Can not wait for the migration: {error}\n"));
             End::Detached
         }
-    };
-    drop(keys);
-    end
+    }
 }
 
 fn wakeup() -> io::Result<Arc<OwnedFd>> {
@@ -65,14 +72,14 @@ impl<'a, I: Interpreter> Foreground<'a, I> {
         }
     }
 
-    fn run(mut self, ended: &Arc<OwnedFd>, has_keys: bool) -> End {
+    fn run(mut self, ended: &Arc<OwnedFd>) -> End {
         let wake = Arc::clone(ended);
         self.interpreter.when_migration_ends(Box::new(move |_| {
             // An eventfd that was never written takes the eight bytes at once.
             let _ = rustix::io::write(&*wake, &1_u64.to_ne_bytes());
         }));
         let mut next = Instant::now() + TICK;
-        let mut reads_keys = has_keys;
+        let mut reads_keys = true;
         loop {
             let stdin = io::stdin();
             let mut fds = vec![PollFd::from_borrowed_fd(ended.as_fd(), PollFlags::IN)];

@@ -5,6 +5,7 @@ use std::cell::RefCell;
 use std::env;
 use std::rc::Rc;
 
+use crossterm::style::Stylize;
 use rustyline::completion::Completer;
 use rustyline::highlight::Highlighter;
 use rustyline::hint::Hinter;
@@ -60,7 +61,7 @@ impl<I: Interpreter> Hinter for Helper<I> {
 impl<I: Interpreter> Highlighter for Helper<I> {
     fn highlight_hint<'h>(&self, hint: &'h str) -> Cow<'h, str> {
         if self.has_colour {
-            Cow::Owned(format!("\x1b[2m{hint}\x1b[0m"))
+            Cow::Owned(hint.dim().to_string())
         } else {
             hint.into()
         }
