@@ -53,7 +53,11 @@ impl<I: Interpreter + 'static> Shell<I> {
     pub fn new(interpreter: I, prompt: &str) -> io::Result<Self> {
         terminal::save()?;
         terminal::restore_on_panic();
-        let keys = if is_dumb() { None } else { Some(Keys::grab()?) };
+        let keys = if terminal::is_dumb() {
+            None
+        } else {
+            Some(Keys::grab()?)
+        };
         let mut config = Config::builder();
         config.enable_synchronized_output(false);
         let config = config
@@ -230,14 +234,6 @@ fn history_file() -> Option<PathBuf> {
     let directory = state.join("hmpsh");
     fs::create_dir_all(&directory).ok()?;
     Some(directory.join("history"))
-}
-
-/// Whether rustyline leaves line editing to the terminal.
-fn is_dumb() -> bool {
-    let name = env::var("TERM").unwrap_or_default();
-    ["dumb", "cons25", "emacs"]
-        .iter()
-        .any(|dumb| name.eq_ignore_ascii_case(dumb))
 }
 
 fn into_io(error: ReadlineError) -> io::Error {

@@ -5,6 +5,7 @@
 //! and a drop can all reach. At the end the terminal is taken from whoever still reads it, so that
 //! nobody can change its settings once more.
 
+use std::env;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -30,6 +31,14 @@ enum Saved {
 /// Whether an operator sits there: standard input and output are a terminal.
 pub fn is_there() -> bool {
     io::stdin().is_tty() && io::stdout().is_tty()
+}
+
+/// Whether rustyline leaves line editing to the terminal.
+pub(super) fn is_dumb() -> bool {
+    let name = env::var("TERM").unwrap_or_default();
+    ["dumb", "cons25", "emacs"]
+        .iter()
+        .any(|dumb| name.eq_ignore_ascii_case(dumb))
 }
 
 /// Keeps the present settings for [`restore`]. Does nothing if standard input is no terminal.
@@ -62,7 +71,9 @@ pub fn release() {
         let _ = rustix::stdio::dup2_stdin(&nowhere);
     }
     // A line editor or a progress line may have hidden the cursor or left a colour.
-    let _ = crossterm::execute!(io::stdout(), ResetColor, Show);
+    if !is_dumb() {
+        let _ = crossterm::execute!(io::stdout(), ResetColor, Show);
+    }
     let _ = match terminal {
         Ok(terminal) => tcsetattr(terminal, OptionalActions::Now, settings),
         Err(_) => tcsetattr(io::stdin(), OptionalActions::Now, settings),
