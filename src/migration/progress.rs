@@ -16,6 +16,7 @@ pub struct Progress<'a> {
     started: Duration,
     iterating: Option<Duration>,
     stopped: Option<Duration>,
+    moved: Option<Duration>,
     window: Duration,
     window_bytes: u64,
     window_pages: u64,
@@ -42,6 +43,7 @@ impl<'a> Progress<'a> {
             started,
             iterating: None,
             stopped: None,
+            moved: None,
             window: clock.now(),
             window_bytes: 0,
             window_pages: 0,
@@ -82,6 +84,11 @@ impl<'a> Progress<'a> {
             .update(|snapshot| snapshot.status = held(snapshot, Status::Device));
     }
 
+    /// The destination has the guest: what is left to do here keeps nobody waiting.
+    pub fn end_downtime(&mut self) {
+        self.moved = Some(self.clock.now());
+    }
+
     /// Measures and publishes if a window is over; `sent` bytes have left so far.
     pub fn tick(&mut self, sent: u64) {
         let now = self.clock.now();
@@ -104,7 +111,9 @@ impl<'a> Progress<'a> {
     /// The end: freezes the figures and enters `status`, in one step, with what `change` adds.
     pub fn finish(&mut self, sent: u64, status: Status, change: impl FnOnce(&mut Snapshot)) {
         let now = self.clock.now();
-        let (total, stopped) = (self.since_start(now), self.stopped);
+        let total = self.since_start(now);
+        let end = self.moved.unwrap_or(now);
+        let downtime = self.stopped.map(|at| millis(end.saturating_sub(at)));
         self.ram.transferred = sent;
         if status == Status::Completed {
             self.ram.remaining = 0;
@@ -117,7 +126,7 @@ impl<'a> Progress<'a> {
             snapshot.total_time = total;
             snapshot.ram = ram;
             if status == Status::Completed {
-                snapshot.downtime = stopped.map(|at| millis(now.saturating_sub(at)));
+                snapshot.downtime = downtime;
             }
             change(snapshot);
         });

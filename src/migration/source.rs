@@ -161,7 +161,7 @@ impl<'a> Run<'a> {
 
     /// Sends memory while the guest runs, until the rest is small enough.
     fn iterate(&mut self) -> Result<(), Error> {
-        let mut throttle = Throttle::new(self.order.clock.now(), self.writer.total());
+        let mut throttle = Throttle::new(self.writer.total());
         loop {
             self.listen()?;
             let limits = (self.order.limits)();

@@ -9,17 +9,17 @@ use std::time::Duration;
 #[derive(Debug)]
 pub struct Throttle {
     credit: i128,
-    window: Duration,
+    /// When the present window began; the first begins when it is first asked for.
+    window: Option<Duration>,
     spent: u64,
 }
 
 impl Throttle {
-    /// Counts windows from `now`, and bytes from `total` (queued so far).
-    pub fn new(now: Duration, total: u64) -> Self {
-        // Nothing is saved up yet: the first window brings the first budget.
+    /// Counts bytes from `total` (queued so far). The first window brings the first budget.
+    pub fn new(total: u64) -> Self {
         Self {
             credit: 0,
-            window: now.saturating_sub(WINDOW),
+            window: None,
             spent: total,
         }
     }
@@ -30,22 +30,29 @@ impl Throttle {
         self.credit -= i128::from(total.saturating_sub(self.spent));
         self.spent = total;
         if rate == 0 {
-            (self.credit, self.window) = (0, now);
+            (self.credit, self.window) = (0, Some(now));
             return u64::MAX;
         }
         let budget = i128::from(rate) * WINDOW.as_millis() as i128 / 1000;
-        let windows = now.saturating_sub(self.window).as_millis() / WINDOW.as_millis();
+        let (windows, begin) = match self.window {
+            None => (1, now),
+            Some(begin) => {
+                let windows = now.saturating_sub(begin).as_millis() / WINDOW.as_millis();
+                let windows = u32::try_from(windows).unwrap_or(u32::MAX);
+                (windows, begin + WINDOW * windows)
+            }
+        };
         if windows > 0 {
-            let earned = budget.max(1).saturating_mul(windows as i128);
+            let earned = budget.max(1).saturating_mul(i128::from(windows));
             self.credit = self.credit.saturating_add(earned).min(budget.max(1));
-            self.window += WINDOW * u32::try_from(windows).unwrap_or(u32::MAX);
         }
+        self.window = Some(begin);
         u64::try_from(self.credit.max(0)).unwrap_or(u64::MAX)
     }
 
     /// When the next window begins.
     pub fn next(&self) -> Duration {
-        self.window + WINDOW
+        self.window.map_or(Duration::ZERO, |begin| begin + WINDOW)
     }
 }
 
@@ -62,7 +69,7 @@ mod tests {
         let mut now = Duration::from_secs(7);
         let end = now + Duration::from_secs(seconds);
         let mut total = 0;
-        let mut throttle = Throttle::new(now, total);
+        let mut throttle = Throttle::new(total);
         while now < end {
             let start = total;
             let allowance = throttle.allowance(now, total, rate);
@@ -85,8 +92,22 @@ mod tests {
     }
 
     #[test]
+    fn the_first_budget_is_there_at_once() {
+        // A clock that has just begun, as a migration's does.
+        let now = Duration::from_millis(1);
+        let mut throttle = Throttle::new(40);
+        assert_eq!(throttle.allowance(now, 40, 1_000_000), 100_000);
+        assert_eq!(throttle.allowance(now, 100_040, 1_000_000), 0);
+        assert_eq!(throttle.next(), now + WINDOW);
+        assert_eq!(
+            throttle.allowance(throttle.next(), 100_040, 1_000_000),
+            100_000
+        );
+    }
+
+    #[test]
     fn a_limit_can_be_lifted_and_set_again() {
-        let mut throttle = Throttle::new(Duration::ZERO, 0);
+        let mut throttle = Throttle::new(0);
         assert_eq!(throttle.allowance(Duration::ZERO, 0, 0), u64::MAX);
         let later = Duration::from_millis(100);
         assert_eq!(throttle.allowance(later, 1 << 40, 1_000_000), 0);
@@ -95,7 +116,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_rate_and_no_time_overflows(rate: u64, total: u64, millis: u64) {
-            let mut throttle = Throttle::new(Duration::ZERO, 0);
+            let mut throttle = Throttle::new(0);
             throttle.allowance(Duration::from_millis(millis), total, rate);
             throttle.allowance(Duration::from_millis(millis), total, rate);
         }

@@ -14,6 +14,7 @@ use crate::vm::run_state::RunState;
 impl Run<'_> {
     /// The guest is elsewhere.
     pub(super) fn succeed(mut self) -> Result<(), Error> {
+        self.writer.progress.end_downtime();
         self.end_ram(true);
         let stopped = self.order.guest.stop(RunState::PostMigrate);
         self.writer

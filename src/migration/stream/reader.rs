@@ -348,6 +348,7 @@ const PEEK: usize = 256;
 const SMALL: usize = 4 << 10;
 /// Read-ahead where pages can not be guessed.
 const LARGE: usize = 256 << 10;
-/// Pages guessed after a wrong guess, and at most.
+/// Pages guessed after a wrong guess, and at most: they should still be in the cache when they
+/// are hashed.
 const MIN_GUESS: usize = 8;
-const MAX_GUESS: usize = 32;
+const MAX_GUESS: usize = 128;

@@ -181,8 +181,8 @@ const PATIENCE: Duration = Duration::from_secs(30);
 const TICK: Duration = Duration::from_millis(200);
 /// Buffered small bytes that are worth a system call of their own.
 const SMALL_LIMIT: usize = 64 << 10;
-/// Pages per system call: they should still be in the cache that hashing brought them into.
-const PAGE_LIMIT: usize = 32;
+/// Pages per system call: as many as stay in the cache that hashing brought them into.
+const PAGE_LIMIT: usize = 128;
 
 #[cfg(test)]
 mod tests {
