@@ -82,8 +82,8 @@ impl<I: Interpreter + 'static> Shell<I> {
             EventHandler::Conditional(Box::new(EndOfInput)),
         );
         editor.bind_sequence(KeyEvent::ctrl('Z'), EventHandler::Simple(Cmd::Noop));
-        let printer = editor.create_external_printer().map_err(into_io)?;
-        let notices = Notices::new(printer);
+        // A dumb terminal has none.
+        let notices = Notices::new(editor.create_external_printer().ok());
         let history = history_file();
         if let Some(path) = &history {
             // There is none the first time.

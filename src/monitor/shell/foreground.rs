@@ -146,6 +146,10 @@ impl<'a, I: Interpreter> Foreground<'a, I> {
             self.line.set_draw_target(ProgressDrawTarget::stdout());
         }
         let percent = self.progress.reached(snapshot.percent());
+        if self.line.is_hidden() {
+            // A dumb terminal: only what a pipe would get.
+            return say(&format!("Completed {percent} %\r"));
+        }
         self.line
             .set_message(format!("Completed {percent} %{}", figures(&snapshot)));
     }
@@ -160,8 +164,12 @@ impl<'a, I: Interpreter> Foreground<'a, I> {
             Status::Completed => 100,
             _ => self.progress.reached(snapshot.percent()),
         };
-        self.line
-            .abandon_with_message(format!("Completed {percent} %{}", figures(&snapshot)));
+        if self.line.is_hidden() {
+            say(&format!("Completed {percent} %"));
+        } else {
+            self.line
+                .abandon_with_message(format!("Completed {percent} %{}", figures(&snapshot)));
+        }
         say("\n");
     }
 }

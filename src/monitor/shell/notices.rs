@@ -12,15 +12,17 @@ use crate::monitor::terminal::say;
 pub struct Notices(Arc<Mutex<Place>>);
 
 struct Place {
-    prompt: Box<dyn ExternalPrinter + Send>,
+    /// Draws the prompt anew; without it lines come where the cursor is.
+    prompt: Option<Box<dyn ExternalPrinter + Send>>,
     /// There while a migration runs in the foreground.
     progress: Option<ProgressBar>,
 }
 
 impl Notices {
-    pub(super) fn new(prompt: impl ExternalPrinter + Send + 'static) -> Self {
+    pub(super) fn new<P: ExternalPrinter + Send + 'static>(prompt: Option<P>) -> Self {
+        let prompt = prompt.map(|prompt| Box::new(prompt) as Box<_>);
         Self(Arc::new(Mutex::new(Place {
-            prompt: Box::new(prompt),
+            prompt,
             progress: None,
         })))
     }
@@ -29,10 +31,12 @@ impl Notices {
     pub fn print(&self, line: &str) {
         let mut place = self.lock();
         let text = format!("{line}\n");
-        match &place.progress {
-            Some(progress) => progress.suspend(|| say(&text)),
+        let Place { prompt, progress } = &mut *place;
+        match (progress, prompt) {
+            (Some(progress), _) => progress.suspend(|| say(&text)),
             // The shell has ended if this fails.
-            None => drop(place.prompt.print(text)),
+            (None, Some(prompt)) => drop(prompt.print(text)),
+            (None, None) => say(&text),
         }
     }
 
