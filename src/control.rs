@@ -347,12 +347,10 @@ fn build_machine(
         .map(Arc::clone);
     let told = Arc::clone(events);
     let sink: EventSink = Arc::new(move |event| told.tell(&event));
-    Ok(Machine::new(
-        &config.machine,
-        serial,
-        sink,
-        config.incoming.is_some(),
-    )?)
+    let is_incoming = config.incoming.is_some();
+    let machine = Machine::new(&config.machine, serial, sink, is_incoming)?;
+    machine.set_reboots(!config.no_reboot);
+    Ok(machine)
 }
 
 /// Locks what no panic can leave half-changed.

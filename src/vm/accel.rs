@@ -8,6 +8,7 @@ mod kvm_accel;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvm_bindings::KVM_API_VERSION;
 use kvm_ioctls::Kvm;
 
 pub(super) use self::kvm_accel::{Bare, KvmAccel};
@@ -151,28 +152,34 @@ fn no_vcpu(index: usize) -> Error {
 }
 
 /// Opens KVM, unless `-accel none` says not to. Without `-accel` a host that has none gets a
-/// machine that can not run; `notice` is told why.
-pub(super) fn open(
-    wanted: Option<Wanted>,
-    notice: impl FnOnce(String),
-) -> Result<Option<Kvm>, Error> {
+/// machine that can not run, and a line that says why.
+pub(super) fn open(wanted: Option<Wanted>) -> Result<Option<Kvm>, Error> {
     if wanted == Some(Wanted::None) {
         return Ok(None);
     }
-    match Kvm::new().map_err(io::Error::from) {
+    match Kvm::new().map_err(io::Error::from).and_then(checked) {
         Ok(kvm) => Ok(Some(kvm)),
         Err(source) if wanted.is_some() => Err(Error::System {
             what: "Could not access KVM kernel module".to_owned(),
             source,
         }),
         Err(error) => {
-            notice(format!(
+            log::warn!(
                 "Could not access KVM kernel module: {}; \
                  using -accel none, the guest stays paused",
                 crate::errno::Errno(&error)
-            ));
+            );
             Ok(None)
         }
+    }
+}
+
+/// Whatever is at KVM's place may be something else.
+fn checked(kvm: Kvm) -> io::Result<Kvm> {
+    if kvm.get_api_version() == KVM_API_VERSION as i32 {
+        Ok(kvm)
+    } else {
+        Err(io::Error::other("kvm version not supported"))
     }
 }
 

@@ -48,15 +48,23 @@ pub(super) fn main_block(config: &MachineConfig) -> Result<Arc<RamBlock>, Error>
                             .create(true)
                             .truncate(false)
                             .open(path)?;
-                        if file.metadata()?.len() < backend.size {
+                        let len = file.metadata()?.len();
+                        if len == 0 {
                             file.set_len(backend.size)?;
                         }
-                        Ok(file)
+                        Ok((file, len))
                     };
-                    let file = open().map_err(|source| Error::System {
+                    let (file, len) = open().map_err(|source| Error::System {
                         what: format!("can't open backing store {} for guest RAM", path.display()),
                         source,
                     })?;
+                    // An empty file is made as long as it must be; another one is somebody's.
+                    if (1..backend.size).contains(&len) {
+                        return Err(Error::State(format!(
+                            "backing store size {len:#x} does not match 'size' option {:#x}",
+                            backend.size
+                        )));
+                    }
                     Backing::File {
                         file: FileOffset::new(file, 0),
                         share: backend.share,

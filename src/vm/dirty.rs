@@ -18,7 +18,8 @@ pub trait DirtySink {
 /// The guest's dirty log as the engine uses it.
 pub trait DirtyLog {
     /// Switches logging on. The first `sync` after it yields every page that may differ from
-    /// zero: populated pages of anonymous memory, all pages of others, and all that was given back.
+    /// zero: populated pages of anonymous memory and of a memfd, all pages of others, and all that
+    /// was given back.
     fn start(&self) -> Result<(), super::guest::Error>;
 
     /// Moves into `sink` every page dirtied since the last `sync`, by vCPUs or by the VMM.

@@ -111,7 +111,7 @@ impl Machine {
         let map = Arc::new(map);
         let itself = Arc::new(OnceLock::new());
         let reports = Arc::new(Reports::default());
-        let kvm = accel::open(config.accel, |text| events(Event::Notice(text)))?;
+        let kvm = accel::open(config.accel)?;
         let parts = Parts {
             map: &map,
             vcpus,

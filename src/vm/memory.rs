@@ -18,6 +18,8 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd};
 use std::sync::Arc;
 
+use rustix::fs::{SeekFrom, fstatfs, seek};
+use rustix::io::Errno;
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{FileOffset, MmapRegion};
 
@@ -46,6 +48,7 @@ pub struct RamBlock {
     name: String,
     region: MmapRegion<()>,
     anonymous: bool,
+    shared: bool,
 }
 
 impl RamBlock {
@@ -60,6 +63,7 @@ impl RamBlock {
         let mut builder =
             MmapRegionBuilder::new(bytes).with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE);
         let anonymous = matches!(backing, Backing::Anonymous);
+        let shared = matches!(backing, Backing::File { share: true, .. });
         builder = match backing {
             Backing::Anonymous => builder
                 .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE),
@@ -76,6 +80,7 @@ impl RamBlock {
             name: name.to_owned(),
             region,
             anonymous,
+            shared,
         };
         if anonymous {
             // Advice only: without huge pages everything works, the first touch is slower.
@@ -138,9 +143,14 @@ impl RamBlock {
     }
 
     /// Calls `found` with every run of pages that may differ from zero: those ever touched of
-    /// anonymous memory, all of other memory.
-    pub(super) fn populated(&self, mut found: impl FnMut(Range<usize>)) -> io::Result<()> {
-        if !self.anonymous {
+    /// anonymous memory and of a memfd, all of other memory. The others are not touched by it.
+    pub fn populated(&self, mut found: impl FnMut(Range<usize>)) -> io::Result<()> {
+        if let Some(file) = self.region.file_offset() {
+            if self.shared && fstatfs(file.file())?.f_type == TMPFS_MAGIC {
+                return self.scan_file(file, &mut found);
+            }
+            // A private page may be a changed copy, and what a file system calls a hole may have
+            // been written a moment ago.
             found(0..self.pages());
             return Ok(());
         }
@@ -151,6 +161,25 @@ impl RamBlock {
             }
             result => result,
         }
+    }
+
+    fn scan_file(&self, file: &FileOffset, found: &mut impl FnMut(Range<usize>)) -> io::Result<()> {
+        let start = file.start();
+        let end = start + self.len();
+        let mut at = start;
+        while at < end {
+            let data = match seek(file.file(), SeekFrom::Data(at)) {
+                Ok(data) if data < end => data,
+                // Nothing but a hole is left.
+                Ok(_) | Err(Errno::NXIO) => break,
+                Err(error) => return Err(error.into()),
+            };
+            let hole = seek(file.file(), SeekFrom::Hole(data))?.clamp(data + 1, end);
+            let page = PAGE_SIZE as u64;
+            found(((data - start) / page) as usize..(hole - start).div_ceil(page) as usize);
+            at = hole;
+        }
+        Ok(())
     }
 
     fn scan_pagemap(&self, found: &mut impl FnMut(Range<usize>)) -> io::Result<()> {
@@ -343,6 +372,8 @@ struct PageRegion {
 
 const _: () = assert!(size_of::<PmScanArg>() == 96 && size_of::<PageRegion>() == 24);
 
+/// What a memfd lives on, by `statfs(2)`.
+const TMPFS_MAGIC: rustix::fs::FsWord = 0x0102_1994;
 /// `_IOWR('f', 16, struct pm_scan_arg)`.
 const PAGEMAP_SCAN: libc::c_ulong = 0xc060_6610;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
@@ -351,6 +382,8 @@ const PAGE_IS_SWAPPED: u64 = 1 << 4;
 #[cfg(test)]
 mod tests {
     use std::time::Instant;
+
+    use rustix::fs::{MemfdFlags, memfd_create};
 
     use super::*;
 
@@ -393,8 +426,31 @@ mod tests {
     }
 
     #[test]
+    fn only_touched_pages_of_a_memfd_are_populated() {
+        let file = memfd_create("test", MemfdFlags::CLOEXEC).unwrap();
+        let file = std::fs::File::from(file);
+        file.set_len(64 << 20).unwrap();
+        let share = |share| Backing::File {
+            file: FileOffset::new(file.try_clone().unwrap(), 0),
+            share,
+        };
+        let block = RamBlock::new("test", 64 << 20, share(true)).unwrap();
+        assert!(populated(&block).is_empty());
+        for page in [0, 1, 700, 16383] {
+            block.page(page).write(&[1; PAGE_SIZE]);
+        }
+        assert_eq!(populated(&block), [0, 1, 700, 16383]);
+        let private = RamBlock::new("test", 64 << 20, share(false)).unwrap();
+        assert_eq!(populated(&private).len(), 16384);
+    }
+
+    #[test]
     fn a_file_is_populated_throughout() {
-        let file = tempfile::tempfile().unwrap();
+        // Where the sources are is no tmpfs, unlike, perhaps, the place for temporary files.
+        let file = tempfile::tempfile_in(env!("CARGO_MANIFEST_DIR")).unwrap();
+        if fstatfs(&file).unwrap().f_type == TMPFS_MAGIC {
+            return;
+        }
         file.set_len(8 * PAGE_SIZE as u64).unwrap();
         let backing = Backing::File {
             file: FileOffset::new(file, 0),

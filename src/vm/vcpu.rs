@@ -141,19 +141,19 @@ impl Vcpu {
         job: impl FnOnce(&mut VcpuFd) -> Result<T, Error> + Send + 'static,
     ) -> Result<T, Error> {
         let (send, result) = mpsc::sync_channel(1);
+        let ended = || Err(Error::State("the vCPU's thread has ended".to_owned()));
         let mut inner = self.shared.lock();
-        if !inner.ended {
-            inner.jobs.push_back(Box::new(move |vcpu| {
-                // The receiver waits below; it can not have gone.
-                let _ = send.send(job(vcpu));
-            }));
+        if inner.ended {
+            return ended();
         }
+        inner.jobs.push_back(Box::new(move |vcpu| {
+            // The receiver waits below; it can not have gone.
+            let _ = send.send(job(vcpu));
+        }));
         self.shared.changed.notify_all();
         drop(inner);
         self.kick();
-        result
-            .recv()
-            .unwrap_or_else(|_| Err(Error::State("the vCPU's thread has ended".to_owned())))
+        result.recv().unwrap_or_else(|_| ended())
     }
 
     fn kick(&self) {
@@ -192,6 +192,18 @@ struct Runner {
     owes: bool,
 }
 
+/// Tells those who wait for this thread when it ends, by a panic too.
+struct Ending(Arc<Shared>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        let mut inner = self.0.lock();
+        inner.ended = true;
+        inner.jobs.clear();
+        self.0.changed.notify_all();
+    }
+}
+
 /// What to do next.
 enum Next {
     Enter,
@@ -211,13 +223,10 @@ impl Runner {
                 .map(|_| id)
                 .map_err(|e| io::Error::other(e.to_string())),
         );
+        let _ending = Ending(Arc::clone(&self.shared));
         if started.is_ok() {
             self.serve();
         }
-        let mut inner = self.shared.lock();
-        inner.ended = true;
-        inner.jobs.clear();
-        self.shared.changed.notify_all();
     }
 
     fn serve(&mut self) {
@@ -300,5 +309,32 @@ impl Runner {
         }
         drop(inner);
         (self.reporter)(report);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use kvm_ioctls::Kvm;
+
+    use super::*;
+
+    /// Without this, whoever asks for the vCPU's state would wait for ever.
+    #[test]
+    fn a_thread_that_ended_is_waited_for_by_nobody() {
+        let Ok(kvm) = Kvm::new() else { return };
+        let vm = kvm.create_vm().unwrap();
+        let fd = vm.create_vcpu(0).unwrap();
+        let reporter: Reporter = Arc::new(|_| ());
+        let vcpu = Vcpu::spawn(0, fd, Arc::new(Bus::new(None)), reporter).unwrap();
+        assert_eq!(vcpu.with(|_| Ok(7)).unwrap(), 7);
+        let broken =
+            vcpu.with(|_| -> Result<(), Error> { std::panic::resume_unwind(Box::new(())) });
+        for result in [broken, vcpu.with(|_| Ok(()))] {
+            let error = result.unwrap_err().to_string();
+            assert_eq!(error, "the vCPU's thread has ended");
+        }
+        vcpu.resume();
+        vcpu.pause();
+        vcpu.wait();
     }
 }

@@ -5,6 +5,8 @@
 
 pub(crate) mod beacon;
 pub(crate) mod hmp;
+pub(crate) mod journey;
+pub(crate) mod kernel;
 pub(crate) mod need;
 pub(crate) mod vmm;
 

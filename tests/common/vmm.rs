@@ -36,6 +36,14 @@ impl Program {
     }
 }
 
+/// What the machine boots.
+#[derive(Debug)]
+enum Boot {
+    Builtin,
+    Kernel(PathBuf),
+    Bios(PathBuf),
+}
+
 /// A command line to be.
 #[derive(Debug)]
 pub(crate) struct Setup {
@@ -44,7 +52,9 @@ pub(crate) struct Setup {
     memory_mib: u64,
     vcpus: u32,
     irqchip: &'static str,
+    machine: String,
     append: String,
+    boot: Boot,
     serial: Option<String>,
     args: Vec<String>,
     stdin: Option<OwnedFd>,
@@ -59,7 +69,9 @@ impl Setup {
             memory_mib: 64,
             vcpus: 1,
             irqchip: "on",
+            machine: String::new(),
             append: String::new(),
+            boot: Boot::Builtin,
             serial: None,
             args: Vec::new(),
             stdin: None,
@@ -90,9 +102,27 @@ impl Setup {
         self
     }
 
+    /// Further properties of `-M`, each with a comma in front.
+    pub(crate) fn machine(mut self, properties: &str) -> Self {
+        self.machine += properties;
+        self
+    }
+
     /// Parameters of the built-in guest.
     pub(crate) fn append(mut self, parameters: &str) -> Self {
         self.append = format!("{} {parameters}", self.append);
+        self
+    }
+
+    /// A kernel instead of the built-in guest; [`Self::append`] is its command line.
+    pub(crate) fn kernel(mut self, file: &Path) -> Self {
+        self.boot = Boot::Kernel(file.to_owned());
+        self
+    }
+
+    /// A firmware image instead of the built-in guest.
+    pub(crate) fn bios(mut self, file: &Path) -> Self {
+        self.boot = Boot::Bios(file.to_owned());
         self
     }
 
@@ -139,14 +169,23 @@ impl Setup {
         };
         command.args(["-accel", self.accel, "-cpu", "qemu64"]);
         command.arg("-M").arg(format!(
-            "microvm,acpi=off,pic=off,pit=off,rtc=off,kernel-irqchip={}",
-            self.irqchip
+            "microvm,acpi=off,pic=off,pit=off,rtc=off,kernel-irqchip={}{}",
+            self.irqchip, self.machine
         ));
         command.arg("-m").arg(format!("{}M", self.memory_mib));
         command.arg("-smp").arg(self.vcpus.to_string());
         command.args(["-nodefaults", "-display", "none"]);
         let append = format!("{} smp={}", self.append, self.vcpus);
-        if self.program == Program::Hmpsh {
+        if let Boot::Kernel(file) = &self.boot {
+            command.arg("-kernel").arg(file);
+            command.arg("-append").arg(self.append.trim());
+            if self.program != Program::Hmpsh {
+                // The firmware both versions have; it is as long as the block hmpsh announces.
+                command.args(["-bios", "qboot.rom"]);
+            }
+        } else if let Boot::Bios(file) = &self.boot {
+            command.arg("-bios").arg(file);
+        } else if self.program == Program::Hmpsh {
             command.arg("-append").arg(append);
         } else {
             let image = hmpsh::vm::boot::builtin::image(&append, self.memory_mib << 20);

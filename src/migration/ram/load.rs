@@ -4,6 +4,7 @@
 //! Contract with the machine: its anonymous blocks read as zero when the migration begins, so a
 //! zero page that was never received needs no touch. QEMU: `ram_load_precopy`.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::{IDSTR, Record, VERSION, Word};
@@ -181,7 +182,8 @@ impl<'a> RamLoad<'a> {
         }
         let block = &self.blocks[index];
         let hashes = self.hashes.as_mut().ok_or_else(no_list)?;
-        if !(block.is_anonymous() && hashes.is_zero(index, page)) {
+        // What never held anything else is not touched here: it is zero, or blanked at the end.
+        if !hashes.is_zero(index, page) {
             block.page(page).clear();
             hashes.note_zero(index, page);
         }
@@ -217,8 +219,12 @@ impl<'a> RamLoad<'a> {
             .enumerate()
             .filter(|(_, b)| !b.is_anonymous())
         {
-            for page in (0..block.pages()).filter(|page| hashes.is_zero(index, *page)) {
-                block.page(page).clear();
+            let blank = |run: Range<usize>| {
+                run.filter(|page| hashes.is_zero(index, *page))
+                    .for_each(|page| block.page(page).clear());
+            };
+            if block.populated(blank).is_err() {
+                blank(0..block.pages());
             }
         }
     }

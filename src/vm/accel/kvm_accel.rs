@@ -217,17 +217,25 @@ impl KvmAccel {
         if let Some(new) = clock {
             *lock(&self.clock) = Some(new);
         }
+        let mut lost = BTreeSet::new();
         for (vcpu, (cpu, apic)) in self.vcpus.iter().zip(cpus.drain(..)) {
             if let Some(mut cpu) = cpu {
                 let features = Arc::clone(&self.features);
-                vcpu.with(move |fd| {
+                lost.extend(vcpu.with(move |fd| {
                     let apic = match apic {
                         Some(apic) => apic,
                         None => transfer::read(fd, &features)?.1,
                     };
                     transfer::write(fd, &features, &mut cpu, &apic)
-                })?;
+                })?);
             }
+        }
+        if !lost.is_empty() {
+            let names: Vec<String> = lost.into_iter().collect();
+            log::warn!(
+                "This host's KVM has no place for {} of the guest's processors; dropped",
+                names.join(", ")
+            );
         }
         Ok(())
     }

@@ -1,38 +1,37 @@
-//! Kernels with a PVH entry point: 64-bit ELF files, loaded where they say, entered in flat
-//! 32-bit mode with EBX at a start info that names memory map, command line and initial RAM disk.
+//! Kernels with a PVH entry point: ELF files, loaded where they say, entered in flat 32-bit mode
+//! with EBX at a start info that names memory map, command line and initial RAM disk.
 //!
-//! Other kernel formats are recognised and refused.
+//! Other kernel formats are recognised and refused, and so is a kernel that wants memory which is
+//! not RAM, or which this loader needs below 1 MiB.
 
+mod elf;
 #[cfg(test)]
-pub(in crate::vm) mod elf;
+pub(in crate::vm) mod specimen;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
+use std::ops::Range;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use linux_loader::configurator::pvh::PvhBootConfigurator;
 use linux_loader::configurator::{BootConfigurator, BootParams};
-use linux_loader::elf::{Elf64_Ehdr, Elf64_Phdr, PT_LOAD};
-use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::start_info::{
     hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info,
 };
-use linux_loader::loader::elf::{Elf, PvhBootCapability};
-use vm_memory::{ByteValued, Bytes, GuestAddress};
+use vm_memory::{Bytes, GuestAddress};
 
+use self::elf::Kernel;
 use super::Entry;
 use crate::vm::guest::Error;
-use crate::vm::map::{Map, RAM};
+use crate::vm::map::{HIGH_RAM, Map, RAM};
 
 /// A kernel, its initial RAM disk and its command line.
 pub(in crate::vm) struct Pvh {
-    kernel: File,
+    file: File,
     name: String,
+    kernel: Kernel,
     initrd: Option<(File, u64)>,
     command_line: String,
-    /// Memory is not as it was at power on: the guest may have used it.
-    is_used: AtomicBool,
 }
 
 impl Pvh {
@@ -47,7 +46,7 @@ impl Pvh {
             what: format!("could not open kernel file '{name}'"),
             source,
         })?;
-        recognise(&mut file, &name)?;
+        let kernel = recognise(&mut file, &name)?;
         if command_line.len() >= COMMAND_LINE_MAX {
             return Err(Error::State(format!(
                 "-append: {} bytes are too long for a kernel command line (at most {})",
@@ -69,29 +68,18 @@ impl Pvh {
             })
             .transpose()?;
         Ok(Self {
-            kernel: file,
+            file,
             name,
+            kernel,
             initrd,
             command_line: command_line.to_owned(),
-            is_used: AtomicBool::new(false),
         })
     }
 
     /// Loads everything into RAM.
     pub(super) fn load(&self, map: &Map) -> Result<Entry, Error> {
         let memory = map.memory();
-        let mut kernel = self.own(&self.kernel)?;
-        let loaded = Elf::load(memory, None, &mut kernel, None)
-            .map_err(|error| self.failed(&error.to_string()))?;
-        let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else {
-            return Err(Error::State(format!(
-                "Error loading uncompressed kernel without PVH ELF Note: '{}'",
-                self.name
-            )));
-        };
-        if self.is_used.swap(true, Ordering::SeqCst) {
-            self.clear_bss(map, &mut kernel)?;
-        }
+        let kernel_end = self.load_segments(map)?;
         let write = |bytes: &[u8], at| {
             memory
                 .write_slice(bytes, GuestAddress(at))
@@ -110,7 +98,7 @@ impl Pvh {
         };
         let mut modules = Vec::new();
         if let Some((file, len)) = &self.initrd {
-            let at = self.place_initrd(map, loaded.kernel_end, *len)?;
+            let at = self.place_initrd(map, kernel_end, *len)?;
             memory
                 .read_exact_volatile_from(GuestAddress(at), &mut self.own(file)?, *len as usize)
                 .map_err(|error| self.failed(&format!("initrd: {error}")))?;
@@ -130,39 +118,62 @@ impl Pvh {
         PvhBootConfigurator::write_bootparams(&params, memory)
             .map_err(|error| self.failed(&error.to_string()))?;
         Ok(Entry {
-            address: entry.0,
+            address: self.kernel.entry,
             start_info: START_INFO,
         })
     }
 
-    /// Clears what the kernel has in memory and not in its file.
-    fn clear_bss(&self, map: &Map, kernel: &mut File) -> Result<(), Error> {
-        let mut read = |at, bytes: &mut [u8]| {
-            let seek = kernel.seek(SeekFrom::Start(at));
-            seek.and_then(|_| kernel.read_exact(bytes))
-                .map_err(|error| self.failed(&error.to_string()))
-        };
-        let mut file = Elf64_Ehdr::default();
-        read(0, file.as_mut_slice())?;
-        for index in 0..u64::from(file.e_phnum) {
-            let mut segment = Elf64_Phdr::default();
-            let len = size_of::<Elf64_Phdr>() as u64;
-            read(
-                file.e_phoff.saturating_add(index * len),
-                segment.as_mut_slice(),
-            )?;
-            if segment.p_type != PT_LOAD {
-                continue;
+    /// Fills the kernel's memory and returns where it ends, as far as it lies below 4 GiB.
+    fn load_segments(&self, map: &Map) -> Result<u64, Error> {
+        let segments = &self.kernel.segments;
+        for segment in segments {
+            let wanted = &segment.memory;
+            let is_ram = map.windows().iter().any(|window| {
+                let end = window.guest + window.len;
+                window.block == RAM && window.guest <= wanted.start && wanted.end <= end
+            });
+            if !is_ram {
+                return Err(self.failed(&format!("{wanted:#x?} is not inside guest RAM")));
             }
-            let end = segment.p_paddr.saturating_add(segment.p_memsz);
-            let mut at = segment.p_paddr.saturating_add(segment.p_filesz);
-            while at < end {
-                let count = (end - at).min(ZEROS.len() as u64);
-                map.memory()
-                    .write_slice(&ZEROS[..count as usize], GuestAddress(at))
-                    .map_err(|error| self.failed(&error.to_string()))?;
-                at += count;
+            if RESERVED
+                .iter()
+                .any(|own| own.start < wanted.end && wanted.start < own.end)
+            {
+                return Err(self.failed(&format!(
+                    "{wanted:#x?} overlaps the place of start info and command line"
+                )));
             }
+        }
+        let mut file = self.own(&self.file)?;
+        for segment in segments {
+            let (start, len) = (segment.memory.start, segment.len);
+            file.seek(SeekFrom::Start(segment.offset))
+                .map_err(|error| self.failed(&error.to_string()))?;
+            map.memory()
+                .read_exact_volatile_from(GuestAddress(start), &mut file, len as usize)
+                .map_err(|error| self.failed(&error.to_string()))?;
+            // A guest was here before, or a stream or a file brought what is there.
+            self.clear(map, start + len..segment.memory.end)?;
+        }
+        let below = segments.iter().map(|segment| segment.memory.end);
+        Ok(below.filter(|end| *end < HIGH_RAM).max().unwrap_or(0))
+    }
+
+    /// Zeros memory, page by page, without touching what is zero already.
+    fn clear(&self, map: &Map, range: Range<u64>) -> Result<(), Error> {
+        let mut at = range.start;
+        let mut seen = [0; ZEROS.len()];
+        while at < range.end {
+            let count = (range.end - at).min(ZEROS.len() as u64) as usize;
+            let mut clear = |at| {
+                map.memory().read_slice(&mut seen[..count], at)?;
+                if seen[..count] != ZEROS[..count] {
+                    map.memory().write_slice(&ZEROS[..count], at)?;
+                }
+                Ok::<_, vm_memory::GuestMemoryError>(())
+            };
+            clear(GuestAddress(at)).map_err(|error| self.failed(&error.to_string()))?;
+            at += count as u64;
         }
         Ok(())
     }
@@ -172,12 +183,12 @@ impl Pvh {
         let low = map
             .windows()
             .iter()
-            .filter(|w| w.block == RAM && w.guest < 1 << 32);
+            .filter(|w| w.block == RAM && w.guest < HIGH_RAM);
         let end = low.map(|w| w.guest + w.len).max().unwrap_or(0);
         let at = end
             .checked_sub(len)
             .map(|at| at & !0xfff)
-            .filter(|at| *at >= kernel_end);
+            .filter(|at| *at >= kernel_end.max(1 << 20));
         at.ok_or_else(|| {
             Error::State(format!(
                 "the initrd of {len} bytes does not fit into guest memory behind kernel '{}'",
@@ -200,7 +211,7 @@ impl Pvh {
     }
 
     fn failed(&self, why: &str) -> Error {
-        Error::State(format!("could not load kernel '{}': {why}", self.name))
+        failed(&self.name, why)
     }
 }
 
@@ -230,30 +241,42 @@ fn memory_table(map: &Map) -> Vec<hvm_memmap_table_entry> {
     table
 }
 
-fn recognise(file: &mut File, name: &str) -> Result<(), Error> {
+fn recognise(file: &mut File, name: &str) -> Result<Kernel, Error> {
     let mut head = Vec::new();
-    let read = file
-        .by_ref()
+    file.by_ref()
         .take(8192)
         .read_to_end(&mut head)
-        .and_then(|_| file.seek(SeekFrom::Start(0)));
-    read.map_err(|source| Error::System {
-        what: format!("could not read kernel '{name}'"),
-        source,
-    })?;
+        .map_err(|source| Error::System {
+            what: format!("could not read kernel '{name}'"),
+            source,
+        })?;
     let not_built = |what: &str| {
         Err(Error::State(format!(
             "{what} kernels ('{name}'): not built in this version"
         )))
     };
     let is_multiboot = head.chunks_exact(4).any(|word| word == MULTIBOOT_MAGIC);
-    match () {
-        () if head.starts_with(b"\x7fELF\x02") => Ok(()),
-        () if head.get(0x202..0x206) == Some(b"HdrS") => not_built("bzImage"),
-        () if is_multiboot => not_built("multiboot"),
-        () if head.starts_with(b"\x7fELF") => not_built("32-bit ELF"),
-        () => Err(Error::State(format!("invalid kernel header: '{name}'"))),
+    if head.starts_with(b"\x7fELF") {
+        return match Kernel::read(file) {
+            Ok(kernel) => Ok(kernel),
+            Err(elf::Error::NoEntry) if is_multiboot => not_built("multiboot"),
+            Err(elf::Error::NoEntry) => Err(Error::State(format!(
+                "Error loading uncompressed kernel without PVH ELF Note: '{name}'"
+            ))),
+            Err(error) => Err(failed(name, &error.to_string())),
+        };
     }
+    if head.get(0x202..0x206) == Some(b"HdrS") {
+        return not_built("bzImage");
+    }
+    if is_multiboot {
+        return not_built("multiboot");
+    }
+    Err(Error::State(format!("invalid kernel header: '{name}'")))
+}
+
+fn failed(name: &str, why: &str) -> Error {
+    Error::State(format!("could not load kernel '{name}': {why}"))
 }
 
 const ZEROS: &[u8] = &[0; 4096];
@@ -263,6 +286,11 @@ const MODULES: u64 = 0x6040;
 const MEMORY_TABLE: u64 = 0x7000;
 const COMMAND_LINE: u64 = 0x2_0000;
 const COMMAND_LINE_MAX: usize = 0x1_0000;
+/// All of these.
+const RESERVED: [Range<u64>; 2] = [
+    START_INFO..MEMORY_TABLE + 0x1000,
+    COMMAND_LINE..COMMAND_LINE + COMMAND_LINE_MAX as u64,
+];
 const START_MAGIC: u32 = 0x336e_c578;
 const MULTIBOOT_MAGIC: [u8; 4] = 0x1bad_b002u32.to_le_bytes();
 /// Address and size of what KVM keeps for itself in guest-physical space.
@@ -276,7 +304,7 @@ mod tests {
     use std::sync::Arc;
 
     use super::*;
-    use crate::vm::boot::pvh::elf::elf;
+    use crate::vm::boot::pvh::specimen::{Class, elf};
     use crate::vm::map::FIRMWARE;
     use crate::vm::memory::{Backing, RamBlock};
 
@@ -293,7 +321,10 @@ mod tests {
 
     #[test]
     fn a_kernel_is_loaded_with_all_it_needs() {
-        let (kernel, initrd) = (written(&elf(b"kernel code", true)), written(&[7; 5000]));
+        let (kernel, initrd) = (
+            written(&elf(Class::Elf64, b"kernel code", true)),
+            written(&[7; 5000]),
+        );
         let map = machine();
         let pvh = Pvh::open(kernel.path(), Some(initrd.path()), "console=ttyS0").unwrap();
         for _ in 0..2 {
@@ -345,10 +376,14 @@ mod tests {
         bz[0x202..0x206].copy_from_slice(b"HdrS");
         let mut multiboot = vec![0; 64];
         multiboot[32..36].copy_from_slice(&MULTIBOOT_MAGIC);
-        let cases: [(&[u8], &str); 4] = [
-            (&bz, "not built in this version"),
-            (&multiboot, "not built in this version"),
-            (b"\x7fELF\x01", "not built in this version"),
+        let mut both = elf(Class::Elf32, b"code", false);
+        both[0x400..0x404].copy_from_slice(&MULTIBOOT_MAGIC);
+        let cases: [(&[u8], &str); 6] = [
+            (&bz, "bzImage kernels"),
+            (&multiboot, "multiboot kernels"),
+            (&both, "multiboot kernels"),
+            (&elf(Class::Elf64, b"code", false), "without PVH ELF Note"),
+            (b"\x7fELF\x01", "the file is truncated"),
             (b"#!/bin/sh", "invalid kernel header"),
         ];
         for (content, text) in cases {
@@ -370,18 +405,8 @@ mod tests {
 
     #[test]
     fn what_does_not_fit_is_refused() {
-        let plain = written(&elf(b"code", false));
-        let error = Pvh::open(plain.path(), None, "")
-            .unwrap()
-            .load(&machine())
-            .unwrap_err();
-        assert!(
-            error.to_string().contains("without PVH ELF Note"),
-            "{error}"
-        );
-
         let big = written(&vec![0; 5 << 20]);
-        let kernel = written(&elf(b"code", true));
+        let kernel = written(&elf(Class::Elf64, b"code", true));
         let pvh = Pvh::open(kernel.path(), Some(big.path()), "").unwrap();
         assert!(
             pvh.load(&machine())
@@ -390,15 +415,29 @@ mod tests {
                 .contains("does not fit")
         );
 
-        let cut = written(&elf(b"code", true)[..0x900]);
-        let error = Pvh::open(cut.path(), None, "")
-            .unwrap()
-            .load(&machine())
-            .unwrap_err();
-        assert!(
-            error.to_string().starts_with("could not load kernel"),
-            "{error}"
-        );
+        // Physical address and size in memory of the only segment.
+        for (address, size, reason) in [
+            (
+                0x3f_f000u64,
+                0x1001u64,
+                "0x3ff000..0x400001 is not inside guest RAM",
+            ),
+            (0xe_f000, 0x2000, "0xef000..0xf1000 is not inside guest RAM"),
+            (
+                0x5000,
+                0x1001,
+                "0x5000..0x6001 overlaps the place of start info",
+            ),
+        ] {
+            let mut content = elf(Class::Elf64, b"code", true);
+            content[64 + 24..][..8].copy_from_slice(&address.to_le_bytes());
+            content[64 + 40..][..8].copy_from_slice(&size.to_le_bytes());
+            content[0x810..0x814].copy_from_slice(&(address as u32).to_le_bytes());
+            let file = written(&content);
+            let error = Pvh::open(file.path(), None, "").and_then(|pvh| pvh.load(&machine()));
+            let error = error.unwrap_err().to_string();
+            assert!(error.contains(reason), "{error}");
+        }
         let line = "x".repeat(COMMAND_LINE_MAX);
         assert!(Pvh::open(kernel.path(), None, &line).is_err());
     }

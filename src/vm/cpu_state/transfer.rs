@@ -5,7 +5,7 @@
 //! timer is not in deadline mode). The vCPU must be at rest with its pending I/O completed. A
 //! value that KVM refuses is an error that names it. QEMU: target/i386/kvm/kvm.c.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use kvm_bindings::{
@@ -70,13 +70,13 @@ pub(in crate::vm) fn write_apic(vcpu: &VcpuFd, apic: &Apic) -> Result<(), Error>
 }
 
 /// Writes a vCPU's state. `apic` is what [`write_apic`] was given: its base and task priority
-/// are special registers too.
+/// are special registers too. Returns what of the state this host's KVM has no place for.
 pub(in crate::vm) fn write(
     vcpu: &VcpuFd,
     features: &Features,
     state: &mut CpuState,
     apic: &Apic,
-) -> Result<(), Error> {
+) -> Result<Vec<String>, Error> {
     state.trim_mtrrs(features.physical_bits);
     set(
         "KVM_SET_SREGS",
@@ -129,7 +129,8 @@ pub(in crate::vm) fn write(
         "KVM_SET_DEBUGREGS",
         vcpu.set_debug_regs(&state.to_debug()),
         || format!("dr6 {:#x} dr7 {:#x}", state.dr[6], state.dr[7]),
-    )
+    )?;
+    Ok(state.lost(features))
 }
 
 impl CpuState {
@@ -328,7 +329,6 @@ impl CpuState {
 
     fn write_msrs(&mut self, vcpu: &VcpuFd, features: &Features) -> Result<(), Error> {
         let mut entries = Vec::new();
-        let mut lost = Vec::new();
         self.msrs(&mut |index, value| {
             if features.msrs.contains(&index) {
                 entries.push(kvm_msr_entry {
@@ -336,13 +336,8 @@ impl CpuState {
                     data: *value,
                     ..Default::default()
                 });
-            } else if *value != 0 {
-                lost.push((index, *value));
             }
         });
-        for (index, value) in lost {
-            log::debug!("this host's KVM has no MSR {index:#x}; {value:#x} is dropped");
-        }
         let count = call("KVM_SET_MSRS", vcpu.set_msrs(&fam(&entries)?))?;
         match entries.get(count) {
             None => Ok(()),
@@ -353,6 +348,36 @@ impl CpuState {
                 )))
             }
         }
+    }
+}
+
+impl CpuState {
+    /// Names what differs from its value at reset and has no place in a KVM with these features:
+    /// subsections that are only carried, and model-specific registers.
+    fn lost(&mut self, features: &Features) -> Vec<String> {
+        let carried = self.optional.carried.iter();
+        let mut lost: Vec<String> = carried
+            .filter(|(_, bytes)| bytes.iter().any(|byte| *byte != 0))
+            .map(|(name, _)| (*name).to_owned())
+            .collect();
+        let mut at_reset = BTreeMap::new();
+        Self {
+            mcg_cap: self.mcg_cap,
+            ..Self::at_reset(0)
+        }
+        .msrs(&mut |index, value| {
+            at_reset.insert(index, *value);
+        });
+        self.msrs(&mut |index, value| {
+            let is_at_reset = *value == 0 || at_reset.get(&index) == Some(value);
+            if !is_at_reset && !features.msrs.contains(&index) {
+                lost.push(format!("MSR {index:#x}"));
+            }
+        });
+        if self.optional.tsc_deadline != 0 && !features.msrs.contains(&TSC_DEADLINE) {
+            lost.push(format!("MSR {TSC_DEADLINE:#x}"));
+        }
+        lost
     }
 }
 
@@ -409,3 +434,29 @@ fn set<E: Into<io::Error>>(
 
 const EFLAGS_VM: u64 = 1 << 17;
 const MP_STATE_SIPI_RECEIVED: u32 = 4;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_has_no_place_is_named_unless_it_is_as_at_reset() {
+        let mut features = Features {
+            msrs: [0x10, 0x174].into(),
+            ..Features::default()
+        };
+        let mut state = CpuState::at_reset(0);
+        assert_eq!(state.lost(&features), [""; 0]);
+        state.tsc = 5;
+        state.sysenter_cs = 8;
+        state.tsc_aux = 1;
+        state.optional.tsc_deadline = 9;
+        let carried = &mut state.optional.carried;
+        carried.insert("cpu/mpx", vec![0; 88]);
+        carried.insert("cpu/pdptrs", [vec![0; 31], vec![1]].concat());
+        let lost = ["cpu/pdptrs", "MSR 0xc0000103", "MSR 0x6e0"];
+        assert_eq!(state.lost(&features), lost);
+        features.msrs.extend([0xc000_0103, TSC_DEADLINE]);
+        assert_eq!(state.lost(&features), ["cpu/pdptrs"]);
+    }
+}

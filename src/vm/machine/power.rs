@@ -112,7 +112,7 @@ impl Machine {
         if state.is_running() {
             self.rest()?;
             self.load_reset()?;
-            return self.resume();
+            return self.resume().map_err(|error| self.broken(error));
         }
         self.load_reset()?;
         if !matches!(state, RunState::InMigrate | RunState::FinishMigrate) {
@@ -121,8 +121,13 @@ impl Machine {
         Ok(())
     }
 
-    /// Everything as at power on, the program loaded anew.
+    /// Everything as at power on, the program loaded anew. A machine at rest of which that could
+    /// not be made is in run state `internal-error` afterwards.
     fn load_reset(&self) -> Result<(), Error> {
+        self.try_load_reset().map_err(|error| self.broken(error))
+    }
+
+    fn try_load_reset(&self) -> Result<(), Error> {
         self.reports.take();
         self.accel.restore(self.accel.reset_state().into_reset())?;
         if let Some(serial) = &self.serial {
@@ -131,6 +136,16 @@ impl Machine {
         self.boot()?;
         (self.events)(Event::Reset);
         Ok(())
+    }
+
+    /// Says that the machine, which is at rest, can not go on because of `error`.
+    fn broken(&self, error: Error) -> Error {
+        let was_running = self.current_run_state().is_running();
+        self.set_run_state(RunState::InternalError);
+        if was_running {
+            (self.events)(Event::Stop);
+        }
+        error
     }
 
     fn resume(&self) -> Result<(), Error> {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::chardev::{Incoming, Receiver};
 use crate::config::{Accel as WantedAccel, BackendKind, Boot, MemoryBackend};
-use crate::vm::boot::pvh::elf::elf;
+use crate::vm::boot::pvh::specimen::{Class, elf};
 use crate::vm::dirty::DirtySink;
 use crate::vm::guest::Guest;
 use crate::vm::memory::PAGE_SIZE;
@@ -378,7 +378,7 @@ fn a_pvh_kernel_runs_and_starts_afresh_after_a_reset() {
     }
     let code = [&[0; 16], PVH_KERNEL].concat();
     let mut kernel = tempfile::NamedTempFile::new().unwrap();
-    kernel.write_all(&elf(&code, true)).unwrap();
+    kernel.write_all(&elf(Class::Elf64, &code, true)).unwrap();
     let boot = Boot::Kernel {
         kernel: kernel.path().to_owned(),
         initrd: None,
@@ -394,6 +394,40 @@ fn a_pvh_kernel_runs_and_starts_afresh_after_a_reset() {
     bench.machine.start().unwrap();
     bench.wire.wait(|text| text == "c1");
     bench.machine.reset().unwrap();
+    bench.wire.wait(|text| text == "c1c1");
+}
+
+/// A machine whose memory and registers are partly of the old life and partly of the new one must
+/// not be said to run, nor be run.
+#[test]
+fn a_reset_that_fails_leaves_the_machine_at_rest() {
+    if !has_kvm() {
+        return;
+    }
+    let code = [&[0; 16], PVH_KERNEL].concat();
+    let content = elf(Class::Elf32, &code, true);
+    let mut kernel = tempfile::NamedTempFile::new().unwrap();
+    kernel.write_all(&content).unwrap();
+    let config = MachineConfig {
+        boot: Boot::Kernel {
+            kernel: kernel.path().to_owned(),
+            initrd: None,
+        },
+        append: "console".to_owned(),
+        ..config(PathBuf::new())
+    };
+    let bench = Bench::new(&config, false);
+    bench.machine.start().unwrap();
+    bench.wire.wait(|text| text == "c1");
+    kernel.as_file().set_len(0x1000).unwrap();
+    let error = bench.machine.reset().unwrap_err().to_string();
+    assert!(error.starts_with("could not load kernel"), "{error}");
+    assert_eq!(bench.machine.run_state(), RunState::InternalError);
+    assert_eq!(bench.events.lock().unwrap().last(), Some(&Event::Stop));
+    std::fs::write(kernel.path(), content).unwrap();
+    bench.machine.reset().unwrap();
+    assert_eq!(bench.machine.run_state(), RunState::Prelaunch);
+    bench.machine.start().unwrap();
     bench.wire.wait(|text| text == "c1c1");
 }
 
