@@ -311,30 +311,3 @@ impl Runner {
         (self.reporter)(report);
     }
 }
-
-#[cfg(test)]
-mod tests {
-    use kvm_ioctls::Kvm;
-
-    use super::*;
-
-    /// Without this, whoever asks for the vCPU's state would wait for ever.
-    #[test]
-    fn a_thread_that_ended_is_waited_for_by_nobody() {
-        let Ok(kvm) = Kvm::new() else { return };
-        let vm = kvm.create_vm().unwrap();
-        let fd = vm.create_vcpu(0).unwrap();
-        let reporter: Reporter = Arc::new(|_| ());
-        let vcpu = Vcpu::spawn(0, fd, Arc::new(Bus::new(None)), reporter).unwrap();
-        assert_eq!(vcpu.with(|_| Ok(7)).unwrap(), 7);
-        let broken =
-            vcpu.with(|_| -> Result<(), Error> { std::panic::resume_unwind(Box::new(())) });
-        for result in [broken, vcpu.with(|_| Ok(()))] {
-            let error = result.unwrap_err().to_string();
-            assert_eq!(error, "the vCPU's thread has ended");
-        }
-        vcpu.resume();
-        vcpu.pause();
-        vcpu.wait();
-    }
-}

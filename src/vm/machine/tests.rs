@@ -9,6 +9,7 @@ use crate::vm::boot::pvh::specimen::{Class, elf};
 use crate::vm::dirty::DirtySink;
 use crate::vm::guest::Guest;
 use crate::vm::memory::PAGE_SIZE;
+use crate::vm::vcpu::Vcpu;
 
 mod interop;
 mod migration;
@@ -607,4 +608,26 @@ fn impossible_machines_are_refused() {
         ..good
     });
     assert_eq!(error, "unable to find CPU model 'Nehalem'");
+}
+
+/// Whoever asks for the state of a vCPU whose thread broke down gets an error, and waits for
+/// nothing.
+#[test]
+fn a_vcpu_thread_that_ended_is_waited_for_by_nobody() {
+    if !has_kvm() {
+        return;
+    }
+    let vm = kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap();
+    let fd = vm.create_vcpu(0).unwrap();
+    let reporter: Reporter = Arc::new(|_| ());
+    let vcpu = Vcpu::spawn(0, fd, Arc::new(Bus::new(None)), reporter).unwrap();
+    assert_eq!(vcpu.with(|_| Ok(7)).unwrap(), 7);
+    let broken = vcpu.with(|_| -> Result<(), Error> { std::panic::resume_unwind(Box::new(())) });
+    for result in [broken, vcpu.with(|_| Ok(()))] {
+        let error = result.unwrap_err().to_string();
+        assert_eq!(error, "the vCPU's thread has ended");
+    }
+    vcpu.resume();
+    vcpu.pause();
+    vcpu.wait();
 }
