@@ -16,7 +16,7 @@ use crate::event::Event;
 use crate::logger;
 pub use crate::migration::params::Listing as ParameterInfo;
 use crate::migration::params::Settings;
-use crate::migration::stats::{Board, Snapshot};
+use crate::migration::stats::{Board, Direction, Snapshot};
 use crate::migration::uri::Uri;
 use crate::poll::Poll;
 use crate::vm::guest::Guest;
@@ -68,7 +68,7 @@ pub struct Control {
     board: Arc<Board>,
     job: Mutex<job::Job>,
     /// Start the guest when it has arrived; `stop` and `cont` change it while waiting.
-    autostart: AtomicBool,
+    autostart: Mutex<bool>,
     events: Arc<Events>,
     /// Descriptors the program was started with, by number.
     inherited: Mutex<NamedFds>,
@@ -98,7 +98,8 @@ impl Control {
             told.tell(&Event::Migration(snapshot.status.name()));
         }));
         let control = Arc::new(Self {
-            autostart: AtomicBool::new(!config.start_paused),
+            // Without an accelerator the guest stays paused, and everything else works.
+            autostart: Mutex::new(!config.start_paused && machine.has_kvm()),
             config,
             poll,
             chardevs,
@@ -178,40 +179,63 @@ impl Control {
     /// Stops the guest. While one is awaited: it will not start when it has arrived.
     pub fn stop(&self) -> Result<(), Error> {
         log::debug!("stop");
-        match self.run_state() {
-            RunState::InMigrate => self.autostart.store(false, Ordering::SeqCst),
-            RunState::Running => self.machine().stop(RunState::Paused)?,
-            _ => {}
+        if self.wish_on_arrival(false) {
+            return Ok(());
         }
-        Ok(())
+        match self.machine().pause()? {
+            RunState::FinishMigrate => Err(Error::new(
+                "The guest is being handed over, it can't be stopped now",
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Runs the guest. `force` runs one that may be running elsewhere.
     pub fn cont(&self, force: bool) -> Result<(), Error> {
         log::debug!("cont, force {force}");
-        match self.run_state() {
-            RunState::InMigrate => {
-                self.autostart.store(true, Ordering::SeqCst);
-                return Ok(());
-            }
-            RunState::Running => return Ok(()),
-            RunState::FinishMigrate => {
-                return Err(Error::new(
-                    "The guest is being handed over, it can't be resumed now",
-                ));
-            }
-            RunState::Shutdown | RunState::InternalError => {
-                return Err(Error::new("Resetting the Virtual Machine is required"));
-            }
-            _ => {}
+        if self.has_kvm() && self.wish_on_arrival(true) {
+            return Ok(());
         }
         let mut job = self.job();
-        if !force && let Some(gone) = &job.gone {
-            return Err(Error(gone.refusal()));
+        self.machine().start_if(|state| {
+            let refusal = match state {
+                RunState::InMigrate => Some("This machine can not run: it has no accelerator"),
+                RunState::FinishMigrate => {
+                    Some("The guest is being handed over, it can't be resumed now")
+                }
+                RunState::Shutdown | RunState::InternalError => {
+                    Some("Resetting the Virtual Machine is required")
+                }
+                _ => None,
+            };
+            if let Some(refusal) = refusal {
+                return Err(refusal.to_owned());
+            }
+            if force {
+                return Ok(());
+            }
+            job.whereabouts(&self.board.read()).map_or(Ok(()), Err)
+        })?;
+        if force {
+            job.forget();
+            self.board.update(|snapshot| {
+                if snapshot.direction == Direction::Incoming {
+                    snapshot.handover_unknown = false;
+                }
+            });
         }
-        self.machine().start()?;
-        job.gone = None;
         Ok(())
+    }
+
+    /// What becomes of a guest that is on its way here; false if none is.
+    fn wish_on_arrival(&self, run: bool) -> bool {
+        // Held, so that the guest can not arrive in between.
+        let mut autostart = lock(&self.autostart);
+        let is_awaited = self.run_state() == RunState::InMigrate;
+        if is_awaited {
+            *autostart = run;
+        }
+        is_awaited
     }
 
     /// Resets the machine.

@@ -60,7 +60,7 @@ fn fifty_machines_come_and_go() {
             match number % 4 {
                 // Dropped while it runs, while it is at rest, with its log on, after a reset.
                 0 => {}
-                1 => machine.stop(RunState::Paused).unwrap(),
+                1 => drop(machine.stop(RunState::Paused).unwrap()),
                 2 => machine.dirty_log().stop(),
                 _ => machine.reset().unwrap(),
             }

@@ -428,3 +428,91 @@ fn the_answer_of_a_cancel_does_not_wait_for_the_peer() {
     assert!(start.elapsed() < Duration::from_secs(2));
     a.wait_beacons(3);
 }
+
+#[test]
+fn stop_and_cont_while_memory_moves_are_obeyed() {
+    if !require(&[Need::Kvm]) {
+        return;
+    }
+    let mut a = source().start();
+    a.wait_beacons(25);
+    let (mut b, port) = destination();
+    let uri = format!("tcp:127.0.0.1:{port}");
+    crawl(&mut a, &uri);
+    a.quiet("stop");
+    assert_eq!(a.command("info status"), "VM status: paused\n");
+    a.quiet("cont");
+    assert_eq!(a.command("info status"), "VM status: running\n");
+    a.quiet("stop");
+    a.quiet("migrate_cancel");
+    // The next one at once: what the last one still has to do must not touch it.
+    a.quiet("migrate_set_parameter max-bandwidth 1g");
+    a.wait_migration("cancelled");
+    migrate(&mut a, &uri);
+    b.wait_migration("completed");
+    assert_eq!(b.command("info status"), "VM status: paused\n");
+    // It is there now, although it was continued here while it left.
+    let refusal = a.command("cont");
+    assert!(refusal.contains("this VM runs at"), "{refusal}");
+    b.quiet("cont");
+    arrived(&mut [&mut a, &mut b]);
+}
+
+#[test]
+fn the_destination_may_be_told_to_wait_while_the_guest_arrives() {
+    if !require(&[Need::Kvm]) {
+        return;
+    }
+    let mut a = source().start();
+    a.wait_beacons(25);
+    let (mut b, port) = destination();
+    crawl(&mut a, &format!("tcp:127.0.0.1:{port}"));
+    b.wait_migration("active");
+    b.quiet("stop");
+    a.quiet("migrate_set_parameter max-bandwidth 1g");
+    a.wait_migration("completed");
+    b.wait_migration("completed");
+    assert_eq!(b.command("info status"), "VM status: paused\n");
+    b.quiet("cont");
+    arrived(&mut [&mut a, &mut b]);
+}
+
+#[test]
+fn a_command_that_never_ends_can_be_cancelled_and_quit() {
+    if !require(&[Need::Kvm]) {
+        return;
+    }
+    let mut a = source().start();
+    a.wait_beacons(3);
+    let endless = "migrate -d \"exec:cat > /dev/null; sleep 600\"";
+    a.quiet(endless);
+    a.wait_migration("device");
+    a.quiet("migrate_cancel");
+    a.wait_migration("cancelled");
+    assert_eq!(a.command("info status"), "VM status: running\n");
+    a.wait_beacons(3);
+    a.quiet(endless);
+    a.wait_migration("device");
+    a.signal(rustix::process::Signal::TERM);
+    assert!(a.wait_exit().success());
+}
+
+#[test]
+fn an_incoming_command_that_failed_brought_nothing() {
+    if !require(&[Need::Kvm]) {
+        return;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("saved");
+    let mut a = source().start();
+    a.wait_beacons(3);
+    migrate(&mut a, &format!("file:{}", file.display()));
+    let uri = format!("exec:cat {}; exit 3", file.display());
+    // It may end before its monitor is there.
+    let (status, said) = match source().incoming(&uri).try_start() {
+        Err(ended) => ended,
+        Ok(mut b) => (b.wait_exit(), b.said()),
+    };
+    assert!(!status.success());
+    assert!(said.contains("exited with status 3"), "{said}");
+}

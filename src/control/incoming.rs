@@ -2,14 +2,14 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
 use super::job::Brake;
 use super::{Control, Error, NamedFds, build_machine, lock};
 use crate::config;
-use crate::migration::channel::{self, Cancel, Channel, Fault, Listener};
+use crate::migration::channel::{self, Channel, Fault, Listener};
 use crate::migration::clock::HostClock;
 use crate::migration::dest::Incoming;
+use crate::migration::handover::PointOfNoReturn;
 use crate::migration::stats::{Direction, Snapshot, Status};
 use crate::migration::uri::Uri;
 use crate::vm::run_state::RunState;
@@ -22,17 +22,19 @@ impl Control {
                 "'-incoming' was not specified on the command line",
             ));
         }
-        if self.job().thread.is_some() || self.run_state() != RunState::InMigrate {
-            return Err(Error::new(
-                "The incoming migration has already been started",
-            ));
-        }
         self.listen(uri, fds)
     }
 
     /// Binds and waits on a thread of its own; binding errors are found at once.
     pub(super) fn listen(self: &Arc<Self>, uri: &str, fds: &mut NamedFds) -> Result<(), Error> {
         let uri: Uri = uri.parse().map_err(Error::new)?;
+        // Held to the end: of two monitors one is first.
+        let mut job = self.job();
+        if job.thread.is_some() || self.run_state() != RunState::InMigrate {
+            return Err(Error::new(
+                "The incoming migration has already been started",
+            ));
+        }
         self.lend_inherited(&uri, fds);
         let brake = Brake::new()?;
         let listener = channel::listen(&uri, fds, &brake.cancel).map_err(Error::new)?;
@@ -44,16 +46,19 @@ impl Control {
                 ..Snapshot::default()
             };
         });
-        let mut job = self.job();
         job.brake = Some(brake.clone());
-        self.spawn(&mut job, "incoming", move |control| {
-            control.await_guest(listener, &brake.cancel);
-        })
+        let spawned = self.spawn(&mut job, "incoming", move |control| {
+            control.await_guest(listener, &brake);
+        });
+        if let Err(error) = &spawned {
+            self.leave_failed(error.to_string());
+        }
+        spawned
     }
 
     /// The migration thread of the destination: one connection after the other until a guest has
     /// arrived.
-    fn await_guest(&self, mut listener: Box<dyn Listener>, cancel: &Cancel) {
+    fn await_guest(&self, mut listener: Box<dyn Listener>, brake: &Brake) {
         loop {
             let channel = match listener.accept() {
                 Ok(channel) => channel,
@@ -63,13 +68,18 @@ impl Control {
                     return self.quit_with(1);
                 }
             };
-            match self.receive(channel) {
+            match self.receive(channel, &brake.point) {
                 Ok(state) => return log::debug!("the guest has arrived: {}", state.name()),
-                Err(_) if cancel.is_cancelled() => return,
+                Err(_) if brake.cancel.is_cancelled() => return,
                 Err(error) => log::error!("load of migration failed: {error}"),
             }
             if !listener.can_repeat() || self.settings.exit_on_error() {
                 return self.quit_with(1);
+            }
+            // Before looking: whoever wants to quit either is seen here or can cancel again.
+            brake.point.reopen();
+            if self.exit_status().is_some() {
+                return;
             }
             if let Err(error) = self.renew_machine() {
                 log::error!("Failed to rebuild the machine: {error}");
@@ -78,14 +88,18 @@ impl Control {
         }
     }
 
-    fn receive(&self, channel: Box<dyn Channel>) -> Result<RunState, Error> {
+    fn receive(
+        &self,
+        channel: Box<dyn Channel>,
+        point: &PointOfNoReturn,
+    ) -> Result<RunState, Error> {
         let machine = self.machine();
         let incoming = Incoming {
             guest: &*machine,
             board: &self.board,
             clock: &HostClock::new(),
-            // Without an accelerator the guest stays paused, and everything else works.
-            autostart: self.autostart.load(Ordering::SeqCst) && machine.has_kvm(),
+            autostart: &self.autostart,
+            point,
             uuid: self.config.machine.uuid,
         };
         let run = || incoming.run(channel).map_err(Error::new);

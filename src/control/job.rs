@@ -8,8 +8,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use super::{Control, Error, lock};
 use crate::migration::channel::Cancel;
 use crate::migration::handover::PointOfNoReturn;
-use crate::migration::stats::Snapshot;
+use crate::migration::stats::{Direction, Snapshot, Status};
 
+const DOUBTFUL: &str = "the source of this VM may have resumed it: look with `info status` there; \
+                        if it has not, use cont -f";
 /// QEMU's answer to a second migration.
 pub(super) const IN_PROGRESS: &str = "There's a migration process in progress";
 
@@ -21,6 +23,42 @@ pub(super) struct Job {
     pub(super) waiters: Vec<Box<dyn FnOnce() + Send>>,
     /// Where the guest went, while somebody there may be running it.
     pub(super) gone: Option<Gone>,
+    /// Where it is going; it is there for all we know once the point of no return is passed.
+    pub(super) leaving: Option<Gone>,
+}
+
+impl Job {
+    /// Why the guest must not be run here without force, if somebody else may be running it.
+    pub(super) fn whereabouts(&self, snapshot: &Snapshot) -> Option<String> {
+        let has_passed = self
+            .brake
+            .as_ref()
+            .is_some_and(|brake| brake.point.is_passed());
+        let leaving = self.leaving.as_ref().filter(|_| has_passed);
+        if let Some(gone) = leaving.or(self.gone.as_ref()) {
+            return Some(gone.refusal());
+        }
+        let is_doubtful = snapshot.direction == Direction::Incoming && snapshot.handover_unknown;
+        is_doubtful.then(|| DOUBTFUL.to_owned())
+    }
+
+    /// The operator vouches for it: nobody else runs the guest.
+    pub(super) fn forget(&mut self) {
+        (self.gone, self.leaving) = (None, None);
+    }
+
+    /// A migration has ended: notes where the guest is.
+    pub(super) fn note(&mut self, snapshot: &Snapshot) {
+        let Some(mut leaving) = self.leaving.take() else {
+            return;
+        };
+        let is_certain = snapshot.status == Status::Completed;
+        if is_certain || snapshot.handover_unknown {
+            leaving.is_certain = is_certain;
+            leaving.since = SystemTime::now();
+            self.gone = Some(leaving);
+        }
+    }
 }
 
 /// What interrupts a migration, as long as it may be interrupted.
@@ -123,6 +161,18 @@ impl Control {
         Ok(())
     }
 
+    /// Lets the thread of a migration that is over, by its status, end: what it still does is
+    /// about that migration and must not meet the next one's.
+    pub(super) fn join_last(&self) {
+        let last = self.job().thread.take();
+        if let Some(thread) = last
+            && thread.thread().id() != std::thread::current().id()
+            && thread.join().is_err()
+        {
+            log::error!("the migration thread panicked");
+        }
+    }
+
     /// Ends a migration at the end of the program: cancelled before the guest was let go, brought
     /// to its end after.
     pub(super) fn end_job(&self) {
@@ -143,7 +193,6 @@ impl Control {
 
     /// Whether this side waits for a guest to come: nothing there to cancel.
     pub(super) fn is_awaiting(&self, snapshot: &Snapshot) -> bool {
-        use crate::migration::stats::Direction;
         snapshot.direction == Direction::Incoming
     }
 }

@@ -34,7 +34,10 @@ impl Control {
         options: &MigrateOptions,
         fds: &mut NamedFds,
     ) -> Result<(), Error> {
+        self.check_may_leave(options)?;
+        self.join_last();
         let mut job = self.job();
+        // Another monitor may have been quicker.
         self.check_may_leave(options)?;
         let uri: Uri = options.uri.parse().map_err(Error::new)?;
         self.lend_inherited(&uri, fds);
@@ -79,6 +82,9 @@ impl Control {
         if options.resume {
             return Err(Error::new("Cannot resume if there is no paused migration"));
         }
+        if self.exit_status().is_some() {
+            return Err(Error::new("The program is about to end"));
+        }
         match self.run_state() {
             RunState::InMigrate => Err(Error::new("Guest is waiting for an incoming migration")),
             _ if self.board.read().status.is_running() => Err(Error::new(IN_PROGRESS)),
@@ -108,7 +114,7 @@ impl Control {
         };
         if channel.is_duplex() {
             // Noted before the guest can be elsewhere: `cont` looks at it from then on.
-            self.job().gone = Some(Gone {
+            self.job().leaving = Some(Gone {
                 uri: uri.to_owned(),
                 since: SystemTime::now(),
                 is_certain: false,
@@ -126,17 +132,7 @@ impl Control {
             point: &brake.point,
         };
         let result = outgoing.run(channel);
-        let snapshot = self.board.read();
-        let mut job = self.job();
-        match &mut job.gone {
-            Some(gone) if snapshot.status == Status::Completed => {
-                gone.is_certain = true;
-                gone.since = SystemTime::now();
-            }
-            Some(gone) if snapshot.handover_unknown => gone.since = SystemTime::now(),
-            gone => *gone = None,
-        }
-        drop(job);
+        self.job().note(&self.board.read());
         if let Err(error) = result {
             log::info!("migration to {uri} ended: {error}");
         }
@@ -151,7 +147,7 @@ impl Control {
     }
 
     /// A migration that failed before, or outside of, the engine.
-    fn leave_failed(&self, why: String) {
+    pub(super) fn leave_failed(&self, why: String) {
         self.board.update(|snapshot| {
             snapshot.status = Status::Failed;
             snapshot.error = Some(why);

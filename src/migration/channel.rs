@@ -61,9 +61,21 @@ pub trait Channel: Send {
     /// Whether the peer can answer on this channel (sockets can, files and pipes can not).
     fn is_duplex(&self) -> bool;
 
-    /// Outgoing side, after the last byte: makes what was written safe (file synced and renamed,
-    /// child exited with 0). Sockets have nothing to do.
-    fn commit(&mut self) -> Result<(), Fault>;
+    /// After the last byte, all that can still be taken back: the file is synced, the command has
+    /// exited with 0 (also one that an incoming stream came from). Takes as long as it takes, but
+    /// for a cancel. Sockets have nothing to do.
+    fn settle(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    /// Outgoing side, after [`Self::settle`]: the file gets its name. Most have nothing to do.
+    fn commit(&mut self) -> Result<(), Fault> {
+        Ok(())
+    }
+
+    /// Last words, whatever was cancelled: what of them goes at once. For channels that have
+    /// somebody at the other end.
+    fn part(&mut self, _words: &[u8]) {}
 
     /// Gives the channel up after a failure: temporary file removed, child killed, socket closed.
     fn abandon(&mut self);

@@ -9,12 +9,14 @@ mod hand_over;
 mod sections;
 
 use std::collections::BTreeSet;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use super::Error;
 use super::channel::Channel;
 use super::clock::Clock;
 use super::configuration;
+use super::handover::PointOfNoReturn;
 use super::integrity::{SEAL_REACH, Seal, Sealing};
 use super::progress::show_incoming;
 use super::ram::RamLoad;
@@ -35,8 +37,12 @@ pub struct Incoming<'a> {
     pub board: &'a Board,
     /// Time.
     pub clock: &'a dyn Clock,
-    /// Whether a guest that ran at the source runs here at once (no `-S`).
-    pub autostart: bool,
+    /// Whether a guest that ran at the source runs here at once (no `-S`). Looked at when the
+    /// guest has arrived, and held until it has entered its state: whoever changes it before is
+    /// obeyed, whoever comes later finds a guest that runs or does not.
+    pub autostart: &'a Mutex<bool>,
+    /// Knows whether it is too late to give the arrival up.
+    pub point: &'a PointOfNoReturn,
     /// `-uuid`.
     pub uuid: Option<[u8; 16]>,
 }
@@ -107,6 +113,9 @@ impl Arrival<'_> {
         let sealing = self.description()?;
         self.check_completeness()?;
         self.check_integrity(stream, sealing)?;
+        if self.source == Source::Unknown {
+            self.reader.channel().settle()?;
+        }
         self.apply()?;
         self.hand_over()
     }
@@ -227,6 +236,9 @@ impl Arrival<'_> {
     /// Tells the source and the board why there will be no guest here.
     fn fail(&mut self, error: Error) -> Error {
         self.loader = None;
+        if error.is_cancel() {
+            return self.leave(error);
+        }
         let text = error.to_string();
         if self.source == Source::Hmpsh {
             let _ = say(self.reader.channel(), &Message::Reason(text.clone()));
@@ -237,6 +249,20 @@ impl Arrival<'_> {
         }
         self.reader.channel().abandon();
         self.show(Status::Failed, Some(text));
+        error
+    }
+
+    /// As [`Self::fail`], when nothing may be waited for any more.
+    fn leave(&mut self, error: Error) -> Error {
+        if self.source == Source::Hmpsh {
+            let reason = Message::Reason("it was told to quit".to_owned());
+            self.reader.channel().part(&reason.bytes());
+        }
+        if self.source != Source::Unknown {
+            self.reader.channel().part(&Message::Shut(1).bytes());
+        }
+        self.reader.channel().abandon();
+        self.show(Status::Failed, Some(error.to_string()));
         error
     }
 

@@ -61,6 +61,10 @@ pub(super) struct FakeGuest {
     pub forgets: bool,
     /// A device that says no when its state is applied.
     pub refuses: bool,
+    /// A guest that KVM gives up on when it is to be stopped.
+    pub dies: bool,
+    /// A defect of ours: the next time devices are saved the thread panics.
+    pub panics: AtomicBool,
 }
 
 impl FakeGuest {
@@ -85,6 +89,8 @@ impl FakeGuest {
             devices: Mutex::new(vec![0; devices]),
             forgets: false,
             refuses: false,
+            dies: false,
+            panics: AtomicBool::new(false),
         }
     }
 
@@ -119,11 +125,11 @@ impl FakeGuest {
         (memory.collect(), self.devices.lock().unwrap().clone())
     }
 
-    fn enter(&self, state: RunState) {
+    fn enter(&self, state: RunState) -> RunState {
         let mut now = self.state.lock().unwrap();
         self.owners
             .change(i32::from(state.is_running()) - i32::from(now.is_running()));
-        *now = state;
+        std::mem::replace(&mut *now, state)
     }
 
     fn header(index: usize) -> SectionHeader {
@@ -158,9 +164,12 @@ impl Guest for FakeGuest {
         *self.state.lock().unwrap()
     }
 
-    fn stop(&self, state: RunState) -> Result<(), Error> {
-        self.enter(state);
-        Ok(())
+    fn stop(&self, state: RunState) -> Result<RunState, Error> {
+        if self.dies && self.run_state().is_running() {
+            self.enter(RunState::InternalError);
+            return Err(Error::State("KVM gave up".to_owned()));
+        }
+        Ok(self.enter(state))
     }
 
     fn start(&self) -> Result<(), Error> {
@@ -170,6 +179,7 @@ impl Guest for FakeGuest {
 
     fn save_devices(&self) -> Result<Vec<SavedSection>, Error> {
         assert!(!self.run_state().is_running(), "devices are saved at rest");
+        assert!(!self.panics.swap(false, Ordering::SeqCst), "on purpose");
         let save = |(index, value): (usize, &u32)| SavedSection {
             header: Self::header(index),
             body: value.to_be_bytes().to_vec(),

@@ -49,6 +49,14 @@ impl PointOfNoReturn {
         self.decide(PASSED)
     }
 
+    /// After a hand-over that came to nothing at a destination that listens on: it can be
+    /// cancelled again. A cancel stays.
+    pub fn reopen(&self) {
+        let _ = self
+            .0
+            .compare_exchange(PASSED, OPEN, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
     /// Whether it is too late to cancel.
     pub fn is_passed(&self) -> bool {
         self.0.load(Ordering::SeqCst) == PASSED
@@ -81,6 +89,12 @@ mod tests {
         assert!(!point.cancel(&cancel));
         assert!(!cancel.is_cancelled());
         assert!(point.is_passed());
+        point.reopen();
+        assert!(point.cancel(&cancel));
+        point.reopen();
+        assert!(!point.pass(), "a cancel stays");
+
+        let cancel = Cancel::new().unwrap();
 
         let point = PointOfNoReturn::new();
         assert!(point.cancel(&cancel));

@@ -158,7 +158,10 @@ impl ReturnPath {
         let kind = u16::from_be_bytes([head[0], head[1]]);
         let length = usize::from(u16::from_be_bytes([head[2], head[3]]));
         if length > LONGEST {
-            let text = format!("Return path message {kind:#x} claims {length} bytes");
+            let text = format!(
+                "What answers there is no migration destination: return path message {kind:#x} \
+                 of {length} bytes"
+            );
             return Err(Error::Stream(text));
         }
         let Some(payload) = rest.get(..length) else {

@@ -7,6 +7,7 @@
 mod ending;
 mod hand_over;
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use super::Error;
@@ -73,7 +74,12 @@ impl<'a> Outgoing<'a> {
             before: None,
             is_ambiguous: false,
         };
-        match run.script() {
+        // A defect of ours must not cost the guest: it ends like any other failure.
+        let ended = catch_unwind(AssertUnwindSafe(|| run.script())).unwrap_or_else(|_| {
+            run.writer.tear();
+            Err(Error::stream("internal error in the migration thread"))
+        });
+        match ended {
             Ok(()) => run.succeed(),
             Err(error) => Err(run.fail(error)),
         }
@@ -205,10 +211,9 @@ impl<'a> Run<'a> {
     }
 
     fn stop_guest(&mut self) -> Result<RunState, Error> {
-        let before = self.order.guest.run_state();
         let at = self.order.clock.now();
+        let before = self.order.guest.stop(RunState::FinishMigrate)?;
         self.before = Some(before);
-        self.order.guest.stop(RunState::FinishMigrate)?;
         self.writer.progress.begin_downtime(at);
         self.writer.set_patience(PATIENCE);
         Ok(before)

@@ -7,13 +7,14 @@ mod round_trip;
 mod speed;
 mod stock;
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::Error;
 use super::channel::Channel;
 use super::dest::Incoming;
 use super::fake::{FakeGuest, Owners, Step};
+use super::handover::PointOfNoReturn;
 use super::memory_channel::{Faults, Link, SideClock, Way};
 use super::source::{Limits, Outgoing};
 use super::stats::{Board, Snapshot, Status};
@@ -94,12 +95,13 @@ fn migrate(source: &FakeGuest, dest: &FakeGuest, setting: &Setting) -> Outcome {
     let receive = |channel: Box<dyn Channel>, clock: &SideClock| match setting.kind {
         Kind::Stock | Kind::SilentStock => stock::receive(dest, channel),
         Kind::Hmpsh | Kind::Silent => {
-            let (board, autostart) = (&dest_board, setting.autostart);
+            let (board, autostart) = (&dest_board, &Mutex::new(setting.autostart));
             Incoming {
                 guest: dest,
                 board,
                 clock,
                 autostart,
+                point: &PointOfNoReturn::new(),
                 uuid: None,
             }
             .run(channel)

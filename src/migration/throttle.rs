@@ -1,7 +1,7 @@
 //! The rate limit (`max-bandwidth`): how many bytes may leave now. Pure arithmetic.
 //!
 //! QEMU's budget per window of 100 ms, with one difference: what a window overspends is taken from
-//! the next, so that small limits hold too.
+//! the next, so that small limits hold too. A change of the limit forgives such a debt.
 
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ pub struct Throttle {
     /// When the present window began; the first begins when it is first asked for.
     window: Option<Duration>,
     spent: u64,
+    rate: u64,
 }
 
 impl Throttle {
@@ -21,6 +22,7 @@ impl Throttle {
             credit: 0,
             window: None,
             spent: total,
+            rate: 0,
         }
     }
 
@@ -29,6 +31,10 @@ impl Throttle {
     pub fn allowance(&mut self, now: Duration, total: u64, rate: u64) -> u64 {
         self.credit -= i128::from(total.saturating_sub(self.spent));
         self.spent = total;
+        if std::mem::replace(&mut self.rate, rate) != rate {
+            // What was spent under another limit is no debt under this one.
+            self.credit = self.credit.max(0);
+        }
         if rate == 0 {
             (self.credit, self.window) = (0, Some(now));
             return u64::MAX;
@@ -109,8 +115,23 @@ mod tests {
     fn a_limit_can_be_lifted_and_set_again() {
         let mut throttle = Throttle::new(0);
         assert_eq!(throttle.allowance(Duration::ZERO, 0, 0), u64::MAX);
-        let later = Duration::from_millis(100);
+        // What went out without a limit is no debt: the new limit is obeyed from the next window.
+        let later = Duration::from_millis(99);
         assert_eq!(throttle.allowance(later, 1 << 40, 1_000_000), 0);
+        assert_eq!(
+            throttle.allowance(throttle.next(), 1 << 40, 1_000_000),
+            100_000
+        );
+    }
+
+    #[test]
+    fn a_raise_does_not_wait_for_an_old_debt() {
+        let mut throttle = Throttle::new(0);
+        assert_eq!(throttle.allowance(throttle.next(), 0, 1), 1);
+        // A page, on a budget of 1 byte per window: a debt of minutes.
+        let now = throttle.next();
+        assert_eq!(throttle.allowance(now, 4104, 1), 0);
+        assert_eq!(throttle.allowance(throttle.next(), 4104, 2000), 200);
     }
 
     proptest! {

@@ -68,10 +68,11 @@ pub trait Guest: Send + Sync {
     /// Present run state.
     fn run_state(&self) -> RunState;
 
-    /// Brings every vCPU to rest with its pending I/O completed and enters `state`. A guest that
-    /// is at rest only changes the state. A guest that turns out to have ended by itself (KVM gave
-    /// up on it) is an error, and keeps the run state that says so.
-    fn stop(&self, state: RunState) -> Result<(), Error>;
+    /// Brings every vCPU to rest with its pending I/O completed, enters `state` and returns the
+    /// state before, both in one step. A guest that is at rest only changes the state. A guest
+    /// that turns out to have ended by itself (KVM gave up on it) is an error, and keeps the run
+    /// state that says so.
+    fn stop(&self, state: RunState) -> Result<RunState, Error>;
 
     /// Runs the guest (or goes on running it).
     fn start(&self) -> Result<(), Error>;

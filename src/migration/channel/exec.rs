@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::PollFlags;
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
@@ -24,6 +24,8 @@ pub(super) struct ExecChannel {
     child: Child,
     status: Option<ExitStatus>,
     cancel: Arc<Cancel>,
+    /// Whether the stream comes from it.
+    is_source: bool,
 }
 
 /// How long a command that closed its pipe may take to exit before we go on without its status.
@@ -43,7 +45,7 @@ impl ExecChannel {
             .spawn()
             .map_err(Error::Spawn)?;
         let pipe = child.stdin.take().map(OwnedFd::from);
-        Self::over(pipe, child, cancel)
+        Self::over(pipe, child, false, cancel)
     }
 
     /// Starts a command that writes the stream.
@@ -54,15 +56,21 @@ impl ExecChannel {
             .spawn()
             .map_err(Error::Spawn)?;
         let pipe = child.stdout.take().map(OwnedFd::from);
-        Self::over(pipe, child, cancel)
+        Self::over(pipe, child, true, cancel)
     }
 
-    fn over(pipe: Option<OwnedFd>, child: Child, cancel: &Arc<Cancel>) -> Result<Self, Error> {
+    fn over(
+        pipe: Option<OwnedFd>,
+        child: Child,
+        is_source: bool,
+        cancel: &Arc<Cancel>,
+    ) -> Result<Self, Error> {
         let mut channel = Self {
             wire: None,
             child,
             status: None,
             cancel: Arc::clone(cancel),
+            is_source,
         };
         let pipe = pipe.ok_or_else(|| Error::Spawn(io::ErrorKind::BrokenPipe.into()))?;
         // Our end of a pipe is our own description: the command's end keeps blocking.
@@ -89,6 +97,22 @@ impl ExecChannel {
             }
         }
         Ok(self.status)
+    }
+
+    /// After the stream: a command that failed behind its last byte (a checksum that is wrong)
+    /// did not bring what it should. One that goes on is left alone.
+    fn hear_out(&mut self) -> Result<(), Fault> {
+        let end = Instant::now() + LINGER;
+        let mut rest = [0; 4096];
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            match self.read(&mut [In::from(&mut rest[..])], left) {
+                Ok(0) | Err(Fault::TimedOut) => return Ok(()),
+                Ok(_) if left.is_zero() => return Ok(()),
+                Ok(_) => {}
+                Err(fault) => return Err(fault),
+            }
+        }
     }
 
     /// Adds the exit status to a failure that the command's early end may have caused.
@@ -130,7 +154,10 @@ impl Channel for ExecChannel {
         false
     }
 
-    fn commit(&mut self) -> Result<(), Fault> {
+    fn settle(&mut self) -> Result<(), Fault> {
+        if self.is_source {
+            return self.hear_out();
+        }
         self.wire = None;
         match self.exited(Duration::MAX)? {
             Some(status) if status.success() => Ok(()),

@@ -27,6 +27,7 @@ pub(super) enum Use {
 pub(super) struct Given {
     fd: OwnedFd,
     kind: FileType,
+    needed: Use,
 }
 
 impl Given {
@@ -44,7 +45,7 @@ impl Given {
             name: name.to_owned(),
             why,
         })?;
-        Ok(Self { fd, kind })
+        Ok(Self { fd, kind, needed })
     }
 
     /// The channel over it.
@@ -55,7 +56,11 @@ impl Given {
         }
         let is_regular = self.kind == FileType::RegularFile;
         let wire = Descriptor::new(self.fd, Kind::File, cancel);
-        Box::new(OneWay { wire, is_regular })
+        Box::new(OneWay {
+            wire,
+            is_regular,
+            needed: self.needed,
+        })
     }
 }
 
@@ -94,6 +99,7 @@ fn check(fd: &OwnedFd, needed: Use) -> Result<FileType, String> {
 struct OneWay {
     wire: Descriptor,
     is_regular: bool,
+    needed: Use,
 }
 
 impl Channel for OneWay {
@@ -109,8 +115,8 @@ impl Channel for OneWay {
         false
     }
 
-    fn commit(&mut self) -> Result<(), Fault> {
-        if self.is_regular {
+    fn settle(&mut self) -> Result<(), Fault> {
+        if self.is_regular && self.needed == Use::Write {
             fsync(&self.wire).map_err(|error| self.wire.fault("sync", error.into()))?;
         }
         Ok(())

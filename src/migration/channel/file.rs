@@ -136,18 +136,14 @@ impl Outgoing {
         FileChannel {
             wire,
             fate: self.fate,
+            is_source: false,
         }
     }
 }
 
 impl Fate {
-    /// Makes what was written through `fd` last, under its name.
-    fn settle(&mut self, fd: &Descriptor) -> io::Result<()> {
-        match rustix::fs::fsync(fd) {
-            // Character devices have nothing to sync.
-            Ok(()) | Err(rustix::io::Errno::INVAL) => {}
-            Err(error) => return Err(error.into()),
-        }
+    /// Makes what was written, and synced, last under its name.
+    fn settle(&mut self) -> io::Result<()> {
         match &self.0 {
             Ending::Temporary { temporary, path } => {
                 fs::rename(temporary, path)?;
@@ -184,6 +180,8 @@ impl Drop for Fate {
 pub(super) struct FileChannel {
     wire: Descriptor,
     fate: Fate,
+    /// Whether the stream comes from it.
+    is_source: bool,
 }
 
 impl Channel for FileChannel {
@@ -199,13 +197,21 @@ impl Channel for FileChannel {
         false
     }
 
+    fn settle(&mut self) -> Result<(), Fault> {
+        if self.is_source {
+            return Ok(());
+        }
+        match rustix::fs::fsync(&self.wire) {
+            // Character devices and pipes have nothing to sync.
+            Ok(()) | Err(rustix::io::Errno::INVAL) => Ok(()),
+            Err(error) => Err(unsaved(error.into())),
+        }
+    }
+
     fn commit(&mut self) -> Result<(), Fault> {
-        self.fate.settle(&self.wire).map_err(|source| {
+        self.fate.settle().map_err(|source| {
             self.fate.undo();
-            Fault::Io {
-                what: "Unable to save file".to_owned(),
-                source,
-            }
+            unsaved(source)
         })
     }
 
@@ -261,7 +267,15 @@ pub(super) fn read(
     Ok(Box::new(FileChannel {
         wire,
         fate: Fate(Ending::Kept),
+        is_source: true,
     }))
+}
+
+fn unsaved(source: io::Error) -> Fault {
+    Fault::Io {
+        what: "Unable to save file".to_owned(),
+        source,
+    }
 }
 
 fn open_in_place(path: &Path) -> io::Result<File> {

@@ -1,18 +1,19 @@
 //! Channels over sockets: tcp, unix, and a socket that came as a descriptor.
 
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use rustix::event::PollFlags;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{AddressFamily, Shutdown, shutdown, sockopt::socket_domain};
 
 use super::descriptor::{Descriptor, Kind};
 use super::outq::unacknowledged;
 use super::{Cancel, Channel, Fault, Listener};
+use crate::errno::Errno;
 use crate::iov::{In, Out};
 use crate::socket::listen::Listener as Socket;
-use crate::socket::{Waited, wait};
 
 /// A connected stream socket.
 #[derive(Debug)]
@@ -42,8 +43,9 @@ impl Channel for SocketChannel {
         true
     }
 
-    fn commit(&mut self) -> Result<(), Fault> {
-        Ok(())
+    fn part(&mut self, words: &[u8]) {
+        // A peer that is gone already needs none.
+        let _ = crate::iov::write(self.wire.as_fd(), &[Out::from(words)]);
     }
 
     fn abandon(&mut self) {
@@ -81,11 +83,16 @@ impl Channel for SocketChannel {
     }
 }
 
-/// A listening socket.
+/// A listening socket. Clients wait side by side until one of them speaks, so that one who never
+/// does keeps nobody out.
 #[derive(Debug)]
 pub(super) struct SocketListener {
     socket: Socket,
     cancel: Arc<Cancel>,
+    /// Connected and silent, oldest first.
+    silent: Vec<(OwnedFd, Instant)>,
+    /// Whether to leave the backlog alone for a while.
+    is_exhausted: bool,
 }
 
 impl SocketListener {
@@ -100,6 +107,51 @@ impl SocketListener {
         Self {
             socket,
             cancel: Arc::clone(cancel),
+            silent: Vec::new(),
+            is_exhausted: false,
+        }
+    }
+
+    /// Takes in whoever waits.
+    fn admit(&mut self) -> io::Result<()> {
+        self.is_exhausted = false;
+        while self.silent.len() < MOST_SILENT {
+            match self.socket.accept() {
+                Ok(client) => self.silent.push((client, Instant::now())),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if is_passing(&error) => {}
+                Err(error) if is_defect(&error) => return Err(error),
+                Err(error) => {
+                    // Out of descriptors or memory, a network that is down: it may get better.
+                    log::warn!("Unable to accept connection: {}", Errno(&error));
+                    self.is_exhausted = true;
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for a client, for a word of one, or until one has been silent for too long.
+    fn wait(&self) -> io::Result<()> {
+        let fds = self.silent.iter().map(|(client, _)| client.as_fd());
+        let mut fds: Vec<PollFd<'_>> = std::iter::once(self.cancel.event())
+            .chain(fds)
+            .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
+            .collect();
+        if self.silent.len() < MOST_SILENT && !self.is_exhausted {
+            fds.push(PollFd::new(&self.socket, PollFlags::IN));
+        }
+        let oldest = self
+            .silent
+            .first()
+            .map(|(_, since)| (*since + SILENCE).saturating_duration_since(Instant::now()));
+        let pause = self.is_exhausted.then_some(PAUSE);
+        let patience = [oldest, pause].into_iter().flatten().min();
+        let timeout = patience.and_then(|patience| Timespec::try_from(patience).ok());
+        match poll(&mut fds, timeout.as_ref()) {
+            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Err(error) => Err(error.into()),
         }
     }
 }
@@ -114,17 +166,22 @@ impl Listener for SocketListener {
             if self.cancel.is_cancelled() {
                 return Err(Fault::Cancelled);
             }
-            match self.socket.accept() {
-                Ok(client) => return Ok(Box::new(SocketChannel::new(client, &self.cancel))),
-                Err(error) if is_passing(&error) => {}
-                Err(error) => return Err(failed(error)),
+            self.admit().map_err(failed)?;
+            // Gone without a word counts as one: the script says what is wrong with it.
+            let speaks = |(client, _): &(OwnedFd, Instant)| has_input(client);
+            if let Some(index) = self.silent.iter().position(speaks) {
+                let (client, _) = self.silent.remove(index);
+                return Ok(Box::new(SocketChannel::new(client, &self.cancel)));
             }
-            let interrupt = Some(self.cancel.event());
-            if wait(self.socket.as_fd(), PollFlags::IN, Duration::MAX, interrupt).map_err(failed)?
-                == Waited::Interrupted
-            {
-                return Err(Fault::Cancelled);
-            }
+            self.silent.retain(|(_, since)| {
+                let is_young = since.elapsed() < SILENCE;
+                if !is_young {
+                    let seconds = SILENCE.as_secs();
+                    log::error!("A client has not sent a byte for {seconds} seconds: dropped");
+                }
+                is_young
+            });
+            self.wait().map_err(failed)?;
         }
     }
 
@@ -137,11 +194,36 @@ impl Listener for SocketListener {
     }
 }
 
+/// Whether there is something to read, the end included.
+fn has_input(client: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(client, PollFlags::IN)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    matches!(poll(&mut fds, Some(&now)), Ok(1..))
+}
+
+/// Whether accepting will never work again.
+fn is_defect(error: &io::Error) -> bool {
+    matches!(
+        error.raw_os_error(),
+        Some(libc::EBADF | libc::EINVAL | libc::ENOTSOCK | libc::EFAULT)
+    )
+}
+
 /// Whether the next client may fare better: nobody waits, or the one who did is gone again.
-fn is_passing(error: &std::io::Error) -> bool {
-    use std::io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
+fn is_passing(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionReset, Interrupted, WouldBlock};
     matches!(
         error.kind(),
         WouldBlock | Interrupted | ConnectionAborted | ConnectionReset
     )
 }
+
+/// How long a client may be silent.
+const SILENCE: Duration = Duration::from_secs(5);
+/// How many may be.
+const MOST_SILENT: usize = 16;
+/// How long to leave the backlog alone when accepting fails.
+const PAUSE: Duration = Duration::from_millis(100);

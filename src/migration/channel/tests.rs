@@ -53,6 +53,12 @@ fn read_all(channel: &mut dyn Channel) -> Result<Vec<u8>, Fault> {
     }
 }
 
+/// What the source does after the last byte.
+fn finish(channel: &mut dyn Channel) -> Result<(), Fault> {
+    channel.settle()?;
+    channel.commit()
+}
+
 fn stream(length: usize) -> Vec<u8> {
     (0..length).map(|i| (i * 7 + i / 251) as u8).collect()
 }
@@ -62,8 +68,53 @@ fn pair(uri: &str) -> (Box<dyn Channel>, Box<dyn Channel>) {
     let mut listener = incoming(uri).unwrap();
     assert!(listener.can_repeat());
     let address = listener.address().unwrap();
-    let out = open(&address, &mut none()).unwrap();
-    (out, listener.accept().unwrap())
+    let mut out = open(&address, &mut none()).unwrap();
+    let back = speak(&mut *out, &mut *listener);
+    (out, back)
+}
+
+/// A client is taken for one when it speaks.
+fn speak(out: &mut dyn Channel, listener: &mut dyn Listener) -> Box<dyn Channel> {
+    write_all(out, b"!").unwrap();
+    let mut back = listener.accept().unwrap();
+    let mut word = [0; 1];
+    assert_eq!(
+        back.read(&mut [In::from(&mut word[..])], PATIENCE).unwrap(),
+        1
+    );
+    back
+}
+
+#[test]
+fn silent_clients_keep_nobody_out() {
+    let mut listener = incoming("tcp:127.0.0.1:0").unwrap();
+    let address = listener.address().unwrap();
+    let address = address.strip_prefix("tcp:").unwrap();
+    let mut clients: Vec<TcpStream> = (0..3)
+        .map(|_| TcpStream::connect(address).unwrap())
+        .collect();
+    clients[1].write_all(b"QEVM").unwrap();
+    let start = Instant::now();
+    let mut back = listener.accept().unwrap();
+    assert!(start.elapsed() < Duration::from_secs(2));
+    let mut word = [0; 9];
+    let count = back.read(&mut [In::from(&mut word[..])], PATIENCE).unwrap();
+    assert_eq!(&word[..count], b"QEVM");
+    // The others are neither forgotten nor waited for for ever.
+    clients[2].write_all(b"x").unwrap();
+    listener.accept().unwrap();
+    let accepted = thread::spawn(move || listener.accept().is_ok());
+    assert_eq!(
+        clients[0].read(&mut word).unwrap(),
+        0,
+        "dropped for its silence"
+    );
+    assert!(start.elapsed() < Duration::from_secs(8));
+    TcpStream::connect(address)
+        .unwrap()
+        .write_all(b"z")
+        .unwrap();
+    assert!(accepted.join().unwrap());
 }
 
 fn there_and_back(uri: &str) {
@@ -81,7 +132,7 @@ fn there_and_back(uri: &str) {
         );
         assert_eq!(&answer, b"ok");
         assert!(out.drain(PATIENCE));
-        out.commit().unwrap();
+        finish(&mut *out).unwrap();
     });
     let mut got = Vec::new();
     let mut room = vec![0; 1 << 16];
@@ -120,8 +171,8 @@ fn a_listener_takes_a_second_source() {
     let address = listener.address().unwrap();
     for _ in 0..2 {
         let mut out = open(&address, &mut none()).unwrap();
-        let mut back = listener.accept().unwrap();
         write_all(&mut *out, b"x").unwrap();
+        let mut back = listener.accept().unwrap();
         out.abandon();
         assert_eq!(read_all(&mut *back).unwrap(), b"x");
     }
@@ -181,9 +232,9 @@ fn cancelling_ends_every_wait_soon() {
     let address = listener.address().unwrap().parse::<Uri>().unwrap();
     let connect = |uri: &Uri| prepare(uri, &mut none()).unwrap().connect(&stop).unwrap();
     let mut reader = connect(&address);
-    let _silent = listener.accept().unwrap();
-    let _deaf = connect(&address);
-    let mut writer = listener.accept().unwrap();
+    let _silent = speak(&mut *reader, &mut *listener);
+    let mut deaf = connect(&address);
+    let mut writer = speak(&mut *deaf, &mut *listener);
     let mut command = connect(&"exec:sleep 60".parse::<Uri>().unwrap());
     let waits: Vec<thread::JoinHandle<Fault>> = vec![
         thread::spawn(move || {
@@ -193,7 +244,7 @@ fn cancelling_ends_every_wait_soon() {
         }),
         thread::spawn(move || write_all(&mut *writer, &vec![0; 64 << 20]).unwrap_err()),
         thread::spawn(move || listener.accept().err().unwrap()),
-        thread::spawn(move || command.commit().unwrap_err()),
+        thread::spawn(move || finish(&mut *command).unwrap_err()),
     ];
     thread::sleep(Duration::from_millis(100));
     let start = Instant::now();
@@ -303,7 +354,7 @@ fn a_pipe_goes_one_way_and_brings_one_stream() {
     let expected = sent.clone();
     let sender = thread::spawn(move || {
         write_all(&mut *out, &sent).unwrap();
-        out.commit().unwrap();
+        finish(&mut *out).unwrap();
     });
     let mut back = listener.accept().unwrap();
     assert!(read_all(&mut *back).unwrap() == expected);
@@ -318,20 +369,20 @@ fn a_command_takes_the_stream_and_its_status_counts() {
     let sent = stream(1 << 20);
     let mut channel = open(&format!("exec:cat > {}", path.display()), &mut none()).unwrap();
     write_all(&mut *channel, &sent).unwrap();
-    channel.commit().unwrap();
+    finish(&mut *channel).unwrap();
     assert!(fs::read(&path).unwrap() == sent);
 
     let mut channel = open("exec:cat > /dev/null; exit 7", &mut none()).unwrap();
     write_all(&mut *channel, &sent).unwrap();
     assert_eq!(
-        channel.commit().unwrap_err().to_string(),
+        finish(&mut *channel).unwrap_err().to_string(),
         "command exited with status 7"
     );
 
     let mut channel = open("exec:cat > /dev/null; kill -9 $$", &mut none()).unwrap();
     write_all(&mut *channel, &sent).unwrap();
     assert_eq!(
-        channel.commit().unwrap_err().to_string(),
+        finish(&mut *channel).unwrap_err().to_string(),
         "command killed by signal 9"
     );
 
@@ -402,7 +453,7 @@ fn a_command_inherits_nothing_of_ours() {
         path.display()
     );
     let mut channel = open(&list, &mut none()).unwrap();
-    channel.commit().unwrap();
+    finish(&mut *channel).unwrap();
     let listing = fs::read_to_string(&path).unwrap();
     assert!(
         !listing.contains("socket:") && !listing.contains("eventfd"),
@@ -428,7 +479,7 @@ fn a_file_appears_whole_or_not_at_all() {
     let mut channel = open(&uri, &mut none()).unwrap();
     write_all(&mut *channel, &sent).unwrap();
     assert!(!path.exists());
-    channel.commit().unwrap();
+    finish(&mut *channel).unwrap();
     drop(channel);
     assert!(fs::read(&path).unwrap() == sent);
     assert_eq!(
@@ -469,7 +520,7 @@ fn a_file_with_an_offset_is_written_in_place_and_cut_back() {
     fs::write(&path, b"headerrr and an old stream").unwrap();
     let mut channel = open(&uri, &mut none()).unwrap();
     write_all(&mut *channel, b"stream").unwrap();
-    channel.commit().unwrap();
+    finish(&mut *channel).unwrap();
     drop(channel);
     assert_eq!(fs::read(&path).unwrap(), b"headerrrstream");
 
@@ -539,7 +590,7 @@ fn a_full_device_is_named() {
     );
     let mut channel = open("exec:cat > /dev/full 2> /dev/null", &mut none()).unwrap();
     let error = write_all(&mut *channel, &vec![0; 1 << 20])
-        .and_then(|()| channel.commit())
+        .and_then(|()| finish(&mut *channel))
         .unwrap_err()
         .to_string();
     assert!(error.ends_with("command exited with status 1)"), "{error}");
@@ -565,7 +616,7 @@ fn a_fifo_waits_for_its_writer() {
     let writer = thread::spawn(move || {
         let mut channel = open(&uri, &mut none()).unwrap();
         write_all(&mut *channel, b"abc").unwrap();
-        channel.commit().unwrap();
+        finish(&mut *channel).unwrap();
     });
     assert_eq!(read_all(&mut *back).unwrap(), b"abc");
     writer.join().unwrap();
@@ -595,7 +646,7 @@ fn nothing_is_left_open() {
         let file = format!("file:{}", dir.path().join("vm").display());
         drop(open(&file, &mut none()).unwrap());
         let mut command = open("exec:cat > /dev/null", &mut none()).unwrap();
-        command.commit().unwrap();
+        finish(&mut *command).unwrap();
         drop(open("exec:sleep 600", &mut none()).unwrap());
         refusal(open("tcp:localhost:1", &mut none()));
         refusal(incoming("unix:/no/dir/x"));

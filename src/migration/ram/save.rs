@@ -32,7 +32,9 @@ impl<'a> RamSave<'a> {
     /// Switches the dirty log on. From here on [`Self::cleanup`] must be called in the end.
     pub fn new(guest: &'a dyn Guest, clock: &'a dyn Clock) -> Result<Self, Error> {
         let blocks = guest.ram();
-        guest.dirty_log().start()?;
+        let log = guest.dirty_log();
+        // What failed half-way is half on.
+        log.start().inspect_err(|_| log.stop())?;
         let order: Vec<usize> = (0..blocks.len()).collect();
         Ok(Self {
             guest,

@@ -20,7 +20,7 @@ impl Run<'_> {
         self.writer
             .progress
             .finish(self.writer.sent(), Status::Completed, |_| {});
-        Ok(stopped?)
+        Ok(stopped.map(drop)?)
     }
 
     /// Nothing was moved, or nobody knows. Every dirty bit is given back; the guest goes on here
@@ -30,7 +30,7 @@ impl Run<'_> {
         self.end_ram(false);
         let is_cancel = error.is_cancel() && !self.is_ambiguous;
         let trouble = if self.is_ambiguous {
-            self.order.guest.stop(RunState::PostMigrate)
+            self.order.guest.stop(RunState::PostMigrate).map(drop)
         } else {
             self.resume()
         };
@@ -87,7 +87,7 @@ impl Run<'_> {
         match self.before {
             None => Ok(()),
             Some(RunState::Running) => self.order.guest.start(),
-            Some(before) => self.order.guest.stop(before),
+            Some(before) => self.order.guest.stop(before).map(drop),
         }
     }
 
@@ -103,6 +103,9 @@ impl Run<'_> {
         };
         let mut bytes = Vec::new();
         Command::Abandon.put(&text.as_bytes()[..text.len().min(LONGEST)], &mut bytes);
+        if error.is_cancel() {
+            return self.writer.channel().part(&bytes);
+        }
         let _ = self
             .writer
             .channel()

@@ -89,6 +89,8 @@ impl Run<'_> {
     fn hand_to_store(&mut self, sections: &[SavedSection]) -> Result<(), Error> {
         self.queue_ending(sections)?;
         self.writer.flush()?;
+        // May take long, so it can be cancelled.
+        self.writer.channel().settle()?;
         self.pass()?;
         Ok(self.writer.channel().commit()?)
     }
@@ -117,6 +119,8 @@ impl Run<'_> {
     /// Sends what is queued; from its first byte on the destination may have the guest.
     fn flush_ambiguous(&mut self) -> Result<(), Error> {
         let before = self.writer.sent();
+        // Should flushing not even return.
+        self.is_ambiguous = true;
         let result = self.writer.flush();
         self.is_ambiguous = self.writer.sent() > before;
         Ok(result?)

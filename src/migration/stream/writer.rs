@@ -98,6 +98,11 @@ impl<'a> Writer<'a> {
         self.torn
     }
 
+    /// From now on the stream counts as ended in the middle of a record.
+    pub fn tear(&mut self) {
+        self.torn = true;
+    }
+
     /// How long the peer may take no byte.
     pub fn set_patience(&mut self, patience: Duration) {
         self.patience = patience;

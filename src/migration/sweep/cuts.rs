@@ -171,7 +171,8 @@ fn a_stock_source_and_we_never_both_run_the_guest() {
                         guest: &dest,
                         board: &board,
                         clock,
-                        autostart: true,
+                        autostart: &Mutex::new(true),
+                        point: &PointOfNoReturn::new(),
                         uuid: None,
                     };
                     order.run(channel)
@@ -209,7 +210,8 @@ fn every_truncated_file_is_refused() {
             guest: &dest,
             board: &board,
             clock: &clock,
-            autostart: true,
+            autostart: &Mutex::new(true),
+            point: &PointOfNoReturn::new(),
             uuid: None,
         };
         let result = order.run(Recording::of(&stream[..length]));

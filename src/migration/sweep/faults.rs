@@ -95,7 +95,8 @@ fn a_client_that_says_nothing_is_sent_away() {
                 guest: &dest,
                 board: &board,
                 clock,
-                autostart: true,
+                autostart: &Mutex::new(true),
+                point: &PointOfNoReturn::new(),
                 uuid: None,
             };
             order.run(channel)
@@ -212,4 +213,75 @@ fn a_device_that_refuses_its_state_is_named_at_the_source() {
     let outcome = fails(&source, &dest, &owners, &Setting::new(Kind::Hmpsh));
     let error = outcome.source_board.error.unwrap();
     assert_eq!(error, "The destination refused: toy 0: value refused");
+}
+
+#[test]
+fn a_defect_of_ours_does_not_cost_the_guest() {
+    for kind in [Kind::Hmpsh, Kind::Stock, Kind::Silent] {
+        let owners = Arc::default();
+        let (source, dest) = (running_guest(&owners), blank_guest(&owners));
+        source
+            .panics
+            .store(true, std::sync::atomic::Ordering::SeqCst);
+        let outcome = fails(&source, &dest, &owners, &Setting::new(kind));
+        let board = outcome.source_board;
+        assert_eq!(board.status, Status::Failed);
+        assert!(!board.handover_unknown);
+        assert!(board.error.unwrap().contains("internal error"));
+    }
+}
+
+#[test]
+fn a_guest_that_died_when_it_was_to_be_stopped_is_not_run_again() {
+    let owners = Arc::default();
+    let mut source = running_guest(&owners);
+    source.dies = true;
+    let dest = blank_guest(&owners);
+    let outcome = migrate(&source, &dest, &Setting::new(Kind::Hmpsh));
+    assert_eq!(outcome.source_board.error.unwrap(), "KVM gave up");
+    assert_eq!(source.run_state(), RunState::InternalError);
+    assert_eq!(owners.running(), 0);
+}
+
+#[test]
+fn an_arrival_that_was_given_up_is_not_taken() {
+    let owners = Arc::default();
+    let (source, dest) = (running_guest(&owners), blank_guest(&owners));
+    let (source_board, dest_board) = (Board::default(), Board::default());
+    let link = Link::new(Faults::default());
+    let given_up = PointOfNoReturn::new();
+    let nobody = crate::migration::channel::Cancel::new().unwrap();
+    assert!(given_up.cancel(&nobody));
+    let limits = || Setting::new(Kind::Hmpsh).limits;
+    let (sent, received) = link.run(
+        |channel, clock| {
+            let order = Outgoing {
+                guest: &source,
+                limits: &limits,
+                return_path: true,
+                board: &source_board,
+                clock,
+                started: link.now(),
+                cancel: &link.cancel,
+                point: &link.point,
+            };
+            order.run(channel)
+        },
+        |channel, clock| {
+            let order = Incoming {
+                guest: &dest,
+                board: &dest_board,
+                clock,
+                autostart: &Mutex::new(true),
+                point: &given_up,
+                uuid: None,
+            };
+            order.run(channel)
+        },
+    );
+    assert!(received.unwrap_err().is_cancel());
+    assert!(!dest.run_state().is_running());
+    // GO was on its way: the source can not know.
+    assert!(sent.is_err() && source_board.read().handover_unknown);
+    assert_eq!(source.run_state(), RunState::PostMigrate);
 }

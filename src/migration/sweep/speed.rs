@@ -85,7 +85,8 @@ fn race(source: &FakeGuest, dest: &FakeGuest) -> [f64; 3] {
                 guest: dest,
                 board: &board,
                 clock: &clock,
-                autostart: true,
+                autostart: &Mutex::new(true),
+                point: &PointOfNoReturn::new(),
                 uuid: None,
             };
             order.run(Box::new(Socket(here))).unwrap();

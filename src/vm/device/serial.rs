@@ -57,7 +57,6 @@ impl Serial {
             irq,
             inner: Mutex::new(inner),
         });
-        serial.chardev.set_readable(false);
         let weak = Arc::downgrade(&serial);
         serial.chardev.receive(Box::new(move |incoming| {
             if let (Incoming::Bytes(bytes, _), Some(serial)) = (incoming, weak.upgrade()) {
@@ -67,6 +66,8 @@ impl Serial {
                 });
             }
         }));
+        // Not before: a device that gets a receiver takes input for it.
+        serial.chardev.set_readable(false);
         serial
     }
 

@@ -16,9 +16,38 @@ use crate::vm::vcpu::Report;
 
 impl Machine {
     /// Resets the machine as `system_reset` does; a running guest goes on running, from the start.
+    /// A guest that is on its way here or away is not reset: half of it is elsewhere.
     pub fn reset(&self) -> Result<(), Error> {
         let _lifecycle = self.lock_lifecycle();
-        self.reset_locked()
+        let refused = |why: &str| Err(Error::State(why.to_owned()));
+        match self.current_run_state() {
+            RunState::InMigrate => refused("Guest is waiting for an incoming migration"),
+            RunState::FinishMigrate => refused("The guest is being handed over"),
+            _ => self.reset_locked(),
+        }
+    }
+
+    /// Stops a running guest for the operator, and returns the state it was found in. A guest
+    /// that does not run keeps its state.
+    pub fn pause(&self) -> Result<RunState, Error> {
+        let _lifecycle = self.lock_lifecycle();
+        match self.current_run_state() {
+            RunState::Running => self.stop_locked(RunState::Paused),
+            other => Ok(other),
+        }
+    }
+
+    /// Runs a guest that does not run, if `may` has nothing against it in the state it is in; that
+    /// state can not change in between.
+    pub fn start_if(&self, may: impl FnOnce(RunState) -> Result<(), String>) -> Result<(), Error> {
+        let _lifecycle = self.lock_lifecycle();
+        match self.current_run_state() {
+            RunState::Running => Ok(()),
+            other => {
+                may(other).map_err(Error::State)?;
+                self.start_locked()
+            }
+        }
     }
 
     /// Sets the run state of a guest that is not running (`inmigrate`, `prelaunch`, …).
@@ -41,24 +70,35 @@ impl Machine {
         if self.current_run_state().is_running() {
             return Ok(());
         }
+        self.start_locked()
+    }
+
+    fn start_locked(&self) -> Result<(), Error> {
         self.resume()?;
         self.set_run_state(RunState::Running);
         (self.events)(Event::Resume);
         Ok(())
     }
 
-    pub(super) fn stop_guest(&self, state: RunState) -> Result<(), Error> {
+    pub(super) fn stop_guest(&self, state: RunState) -> Result<RunState, Error> {
         let _lifecycle = self.lock_lifecycle();
-        if !self.current_run_state().is_running() {
+        self.stop_locked(state)
+    }
+
+    fn stop_locked(&self, state: RunState) -> Result<RunState, Error> {
+        let before = self.current_run_state();
+        if !before.is_running() {
             self.set_run_state(state);
-            return Ok(());
+            return Ok(before);
         }
         self.rest()?;
         self.set_run_state(state);
         (self.events)(Event::Stop);
         match self.reports.take() {
-            None => Ok(()),
-            Some(Report::Shutdown) if self.reboots.load(Ordering::SeqCst) => self.load_reset(),
+            None => Ok(before),
+            Some(Report::Shutdown) if self.reboots.load(Ordering::SeqCst) => {
+                self.load_reset().map(|()| before)
+            }
             Some(report) => Err(Error::State(self.end(report))),
         }
     }

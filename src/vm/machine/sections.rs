@@ -32,7 +32,7 @@ impl Guest for Machine {
         self.current_run_state()
     }
 
-    fn stop(&self, state: RunState) -> Result<(), Error> {
+    fn stop(&self, state: RunState) -> Result<RunState, Error> {
         self.stop_guest(state)
     }
 
