@@ -9,6 +9,7 @@
 
 mod bitmap;
 mod load;
+mod populate;
 mod save;
 
 pub use bitmap::DirtyBitmap;

@@ -142,6 +142,21 @@ impl RamBlock {
             .map_err(io::Error::other)
     }
 
+    /// Has the kernel provide these pages now; their content stays. Pages outside the block are
+    /// ignored.
+    pub fn populate(&self, pages: Range<usize>) {
+        let end = pages.end.min(self.pages());
+        if pages.start < end {
+            let len = (end - pages.start) * PAGE_SIZE;
+            // Advice only: without it the first touch provides the page.
+            // SAFETY: start and end lie within the mapping.
+            unsafe {
+                let start = self.host().add(pages.start * PAGE_SIZE);
+                libc::madvise(start.cast(), len, libc::MADV_POPULATE_WRITE);
+            }
+        }
+    }
+
     /// Calls `found` with every run of pages that may differ from zero: those ever touched of
     /// anonymous memory and of a memfd, all of other memory. The others are not touched by it.
     pub fn populated(&self, mut found: impl FnMut(Range<usize>)) -> io::Result<()> {

@@ -7,6 +7,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::populate::Populator;
 use super::{IDSTR, Record, VERSION, Word};
 use crate::migration::Error;
 use crate::migration::integrity::PageHashes;
@@ -20,6 +21,7 @@ pub struct RamLoad<'a> {
     blocks: &'a [Arc<RamBlock>],
     hashes: Option<PageHashes>,
     current: Option<usize>,
+    populator: Populator,
     section_id: Option<u32>,
     is_complete: bool,
     /// Pages received.
@@ -39,6 +41,7 @@ impl<'a> RamLoad<'a> {
             blocks,
             hashes: None,
             current: None,
+            populator: Populator::new(),
             section_id: None,
             is_complete: false,
             stats,
@@ -198,6 +201,7 @@ impl<'a> RamLoad<'a> {
         let count = reader.pages(block, first, Word::page_in_row, |page| {
             hashes.is_zero(index, page) && (block.is_anonymous() || block.page(page).is_zero())
         })?;
+        self.populator.received(index, block, first..first + count);
         for page in first..first + count {
             let content = block.page(page);
             if content.is_zero() {

@@ -1,0 +1,187 @@
+//! Has the kernel provide memory ahead of the pages that arrive in it.
+//!
+//! The first touch of memory costs more than moving a page into it, above all inside a virtual
+//! machine, and a receiver that waits for it keeps the source waiting. While pages come in a row, a
+//! thread of its own therefore touches what comes next. It never changes content, and never goes
+//! further than a few MiB beyond the last page received, so that memory the guest does not use
+//! stays unused here too. QEMU has nothing of the kind (its `preallocate-switch` is all or nothing).
+
+use std::ops::Range;
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, sync_channel};
+use std::thread::{Builder, JoinHandle};
+
+use crate::vm::memory::RamBlock;
+
+/// Watches what arrives, and sends a thread ahead.
+pub(super) struct Populator {
+    crew: Option<Crew>,
+    is_wanted: bool,
+    row: Row,
+}
+
+/// Pages that came one after the other.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Row {
+    block: usize,
+    begin: usize,
+    next: usize,
+    /// Up to where the thread was sent.
+    ahead: usize,
+}
+
+struct Crew {
+    orders: SyncSender<(Arc<RamBlock>, Range<usize>)>,
+    thread: JoinHandle<()>,
+}
+
+impl Populator {
+    /// On a host with a single processor nothing would be gained.
+    pub(super) fn new() -> Self {
+        let processors = std::thread::available_parallelism();
+        Self {
+            crew: None,
+            is_wanted: processors.is_ok_and(|count| count.get() > 1),
+            row: Row::default(),
+        }
+    }
+
+    /// These pages of the block with that index have arrived.
+    #[inline]
+    pub(super) fn received(&mut self, index: usize, block: &Arc<RamBlock>, pages: Range<usize>) {
+        self.row.extend(index, pages);
+        if self.is_wanted && block.is_anonymous() {
+            while let Some(chunk) = self.row.next_chunk(block.pages()) {
+                if !self.send(block, chunk.clone()) {
+                    return;
+                }
+                self.row.ahead = chunk.end;
+            }
+        }
+    }
+
+    /// False when the thread has enough to do, or can not be had.
+    fn send(&mut self, block: &Arc<RamBlock>, chunk: Range<usize>) -> bool {
+        if self.crew.is_none() {
+            self.crew = Crew::hire();
+            self.is_wanted = self.crew.is_some();
+        }
+        let order = (Arc::clone(block), chunk);
+        self.crew
+            .as_ref()
+            .is_some_and(|crew| crew.orders.try_send(order).is_ok())
+    }
+}
+
+impl Drop for Populator {
+    fn drop(&mut self) {
+        if let Some(Crew { orders, thread }) = self.crew.take() {
+            drop(orders);
+            // It does nothing that could panic, and its end is all that is waited for.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Crew {
+    fn hire() -> Option<Self> {
+        let (orders, work) = sync_channel::<(Arc<RamBlock>, Range<usize>)>(AHEAD / CHUNK);
+        let populate = move || work.iter().for_each(|(block, pages)| block.populate(pages));
+        match Builder::new().name("populate".to_owned()).spawn(populate) {
+            Ok(thread) => Some(Self { orders, thread }),
+            Err(error) => {
+                log::debug!("no thread to populate memory ahead: {error}");
+                None
+            }
+        }
+    }
+}
+
+impl Row {
+    #[inline]
+    fn extend(&mut self, block: usize, pages: Range<usize>) {
+        if (self.block, self.next) == (block, pages.start) {
+            self.next = pages.end;
+        } else {
+            *self = Self {
+                block,
+                begin: pages.start,
+                next: pages.end,
+                ahead: pages.end,
+            };
+        }
+    }
+
+    /// What should be populated next in a block of `limit` pages: a huge page or the rest of one.
+    #[inline]
+    fn next_chunk(&self, limit: usize) -> Option<Range<usize>> {
+        if self.next - self.begin < LONG {
+            return None;
+        }
+        // A huge page that has begun to arrive is there already.
+        let start = self.ahead.max(self.next.next_multiple_of(CHUNK));
+        let end = (start + 1).next_multiple_of(CHUNK).min(limit);
+        (start < end && end <= self.next + AHEAD).then_some(start..end)
+    }
+}
+
+/// Pages of a huge page.
+const CHUNK: usize = 512;
+/// A row of so many pages will probably go on.
+const LONG: usize = 2 * CHUNK;
+/// Pages beyond the last one received.
+const AHEAD: usize = 8 * CHUNK;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vm::memory::{Backing, PAGE_SIZE};
+    use proptest::prelude::*;
+
+    #[test]
+    fn only_a_long_row_sends_anyone_ahead() {
+        let mut row = Row::default();
+        row.extend(0, 100..100 + LONG - 1);
+        assert_eq!(row.next_chunk(1 << 20), None);
+        row.extend(0, 100 + LONG - 1..100 + LONG);
+        assert_eq!(row.next_chunk(1 << 20), Some(1536..2048));
+        assert_eq!(row.next_chunk(1600), Some(1536..1600));
+        row.extend(1, 100 + LONG..101 + LONG);
+        assert_eq!(row.next_chunk(1 << 20), None, "another block");
+    }
+
+    proptest! {
+        #[test]
+        fn nobody_goes_far(
+            pieces in proptest::collection::vec((0usize..2, 1usize..3000), 1..20),
+            limit in 1usize..40_000,
+        ) {
+            let mut row = Row::default();
+            let mut at = 0;
+            for (block, count) in pieces {
+                row.extend(block, at..at + count);
+                at += count;
+                while let Some(chunk) = row.next_chunk(limit) {
+                    prop_assert!(chunk.start >= at && chunk.end <= at + AHEAD && chunk.end <= limit);
+                    row.ahead = chunk.end;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn content_stays_and_memory_far_ahead_is_not_touched() {
+        let bytes = (64 * CHUNK * PAGE_SIZE) as u64;
+        let block = Arc::new(RamBlock::new("test", bytes, Backing::Anonymous).unwrap());
+        block.page(3 * CHUNK).write(&[7; PAGE_SIZE]);
+        let mut populator = Populator::new();
+        populator.received(0, &block, 0..LONG);
+        drop(populator);
+        let mut content = [0; PAGE_SIZE];
+        block.page(3 * CHUNK).read(&mut content);
+        assert_eq!(content, [7; PAGE_SIZE]);
+        let mut last = 0;
+        block.populated(|run| last = run.end).unwrap();
+        assert!(last <= LONG + AHEAD, "{last}");
+    }
+}
