@@ -303,9 +303,10 @@ impl Control {
         self.settings.capabilities()
     }
 
-    /// Switches a capability.
+    /// Switches a capability; refused while a guest is leaving.
     pub fn set_capability(&self, name: &str, on: bool) -> Result<(), Error> {
-        if self.board.read().status.is_running() {
+        let snapshot = self.board.read();
+        if snapshot.status.is_running() && snapshot.direction == Direction::Outgoing {
             return Err(Error::new(job::IN_PROGRESS));
         }
         self.settings.set_capability(name, on).map_err(Error::new)
