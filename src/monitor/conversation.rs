@@ -283,6 +283,7 @@ mod tests {
     use crate::monitor::args::{Sticky, tests::answer};
     use crate::monitor::complete::{Candidates, complete, tests::Known};
     use crate::monitor::interpreter::Ended;
+    use crate::vm::memory::PAGE_SIZE;
 
     /// What the other side has received.
     #[derive(Clone, Default)]
@@ -359,13 +360,14 @@ mod tests {
 
         fn migration(&self) -> Snapshot {
             let percent = *self.percent.lock().unwrap_or_else(PoisonError::into_inner);
-            let remaining = 100 - u64::from(percent);
+            let page = PAGE_SIZE as u64;
             let ram = RamStats {
-                total: 100,
-                remaining,
+                total: 100 * page,
+                normal: u64::from(percent),
+                remaining: (100 - u64::from(percent)) * page,
                 ..RamStats::default()
             };
-            let status = if remaining == 0 {
+            let status = if percent == 100 {
                 Status::Completed
             } else {
                 Status::Active
