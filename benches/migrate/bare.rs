@@ -7,6 +7,7 @@ use std::time::Instant;
 
 use hmpsh::iov::{self, In, Out};
 use hmpsh::vm::memory::{Backing, PAGE_SIZE, RamBlock};
+use rustix::net::sockopt::set_tcp_congestion;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::{CHUNK, Sample, fill};
@@ -35,6 +36,8 @@ pub(crate) fn run(bytes: u64, is_warm: bool) -> Sample {
     let outgoing =
         TcpStream::connect(listener.local_addr().expect("an address")).expect("loopback");
     let (incoming, _) = listener.accept().expect("loopback");
+    // What the system has set may pace.
+    set_tcp_congestion(&outgoing, "reno").expect("a part of every kernel");
     let before = clock_gettime(ClockId::ProcessCPUTime);
     let start = Instant::now();
     std::thread::scope(|threads| {

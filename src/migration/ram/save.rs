@@ -23,6 +23,8 @@ pub struct RamSave<'a> {
     blocks: &'a [Arc<RamBlock>],
     bitmap: bitmap::DirtyBitmap,
     hashes: PageHashes,
+    /// Pages queued and not hashed yet, as block and page.
+    queued: Vec<(usize, usize)>,
     last_block: Option<usize>,
     rate_since: Duration,
     rate_pages: u64,
@@ -42,6 +44,7 @@ impl<'a> RamSave<'a> {
             blocks,
             bitmap: bitmap::DirtyBitmap::new(blocks),
             hashes: PageHashes::new(blocks, &order),
+            queued: Vec::new(),
             last_block: None,
             rate_since: clock.now(),
             rate_pages: 0,
@@ -100,7 +103,7 @@ impl<'a> RamSave<'a> {
         writer.put(|to| put_piece(PART, SECTION_ID, to));
         self.pages(writer, allowance, self.clock.now() + PART_TIME)?;
         writer.put(finish);
-        writer.flush()?;
+        self.flush(writer)?;
         writer.progress.ram.precopy_bytes += writer.total() - begin;
         Ok(())
     }
@@ -112,7 +115,7 @@ impl<'a> RamSave<'a> {
         writer.put(|to| put_piece(END, SECTION_ID, to));
         self.pages(writer, u64::MAX, Duration::MAX)?;
         writer.put(finish);
-        writer.flush()?;
+        self.flush(writer)?;
         writer.progress.ram.downtime_bytes += writer.total() - begin;
         Ok(())
     }
@@ -139,12 +142,13 @@ impl<'a> RamSave<'a> {
     ) -> Result<(), Error> {
         let limit = writer.total().saturating_add(allowance);
         while let Some(mut word) = self.bitmap.take() {
+            self.prefetch(&word);
             while word.bits != 0 && writer.total() < limit {
                 let index = word.index * 64 + word.bits.trailing_zeros() as usize;
                 word.bits &= word.bits - 1;
                 self.page(writer, word.block, index);
                 if writer.is_full() {
-                    writer.flush()?;
+                    self.flush(writer)?;
                     self.note_remaining(writer);
                     writer.progress.tick(writer.sent());
                 }
@@ -182,9 +186,33 @@ impl<'a> RamSave<'a> {
             self.hashes.note_zero(block, index);
             writer.progress.ram.duplicate += 1;
         } else {
-            self.hashes.note(block, index, &page);
+            self.queued.push((block, index));
             writer.page(page);
             writer.progress.ram.normal += 1;
+        }
+    }
+
+    /// Sends the queue and hashes its pages: the system call has just brought them into the cache,
+    /// where it is slowed less by waiting for memory than a hash would be. A store in between sets
+    /// the dirty bit, so the page is sent and hashed again.
+    fn flush(&mut self, writer: &mut Writer<'a>) -> Result<(), Error> {
+        writer.flush()?;
+        for (block, index) in self.queued.drain(..) {
+            self.hashes
+                .note(block, index, &self.blocks[block].page(index));
+        }
+        Ok(())
+    }
+
+    /// Has the first bytes of all these pages fetched at once: looking for zero would wait for
+    /// each.
+    #[inline]
+    fn prefetch(&self, word: &bitmap::Word) {
+        let mut bits = word.bits;
+        while bits != 0 {
+            let index = word.index * 64 + bits.trailing_zeros() as usize;
+            bits &= bits - 1;
+            self.blocks[word.block].page(index).prefetch();
         }
     }
 
