@@ -167,7 +167,7 @@ impl<'a> Progress<'a> {
     }
 }
 
-/// Publishes the figures of an incoming migration.
+/// Publishes the figures of an incoming migration; the throughput is that of all of it.
 pub fn show_incoming(
     board: &Board,
     status: Status,
@@ -180,7 +180,10 @@ pub fn show_incoming(
         snapshot.direction = Direction::Incoming;
         snapshot.status = status;
         snapshot.total_time = millis(total_time);
-        snapshot.ram = ram;
+        snapshot.ram = ram.map(|ram| RamStats {
+            mbps: switchover::overall_mbps(ram.transferred, total_time),
+            ..ram
+        });
         snapshot.error = error;
         snapshot.handover_unknown = handover_unknown;
     });

@@ -6,14 +6,15 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::sockopt::{set_tcp_congestion, socket_domain};
-use rustix::net::{AddressFamily, Shutdown, shutdown};
+use rustix::net::{AddressFamily, RecvFlags, Shutdown, recv, shutdown};
 use socket2::SockRef;
 
 use super::descriptor::{Descriptor, Kind};
 use super::outq::unacknowledged;
 use super::{Cancel, Channel, Fault, Listener};
-use crate::errno::Errno;
+use crate::errno;
 use crate::iov::{In, Out};
 use crate::socket::listen::Listener as Socket;
 
@@ -86,8 +87,8 @@ impl Channel for SocketChannel {
     }
 }
 
-/// A listening socket. Clients wait side by side until one of them speaks, so that one who never
-/// does keeps nobody out.
+/// A listening socket. Clients wait side by side until one of them has sent as much as a stream's
+/// magic and version, so that one who never does keeps nobody out.
 #[derive(Debug)]
 pub(super) struct SocketListener {
     socket: Socket,
@@ -126,7 +127,7 @@ impl SocketListener {
                 Err(error) if is_defect(&error) => return Err(error),
                 Err(error) => {
                     // Out of descriptors or memory, a network that is down: it may get better.
-                    log::warn!("Unable to accept connection: {}", Errno(&error));
+                    log::warn!("Unable to accept connection: {}", errno::Errno(&error));
                     self.is_exhausted = true;
                     return Ok(());
                 }
@@ -137,9 +138,14 @@ impl SocketListener {
 
     /// Waits for a client, for a word of one, or until one has been silent for too long.
     fn wait(&self) -> io::Result<()> {
-        let fds = self.silent.iter().map(|(client, _)| client.as_fd());
+        // One who has begun to speak is not polled: that would return at once.
+        let (quiet, begun): (Vec<_>, Vec<_>) = self
+            .silent
+            .iter()
+            .map(|(client, _)| client.as_fd())
+            .partition(|client| heard(client) == Some(0));
         let mut fds: Vec<PollFd<'_>> = std::iter::once(self.cancel.event())
-            .chain(fds)
+            .chain(quiet)
             .map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN))
             .collect();
         if self.silent.len() < MOST_SILENT && !self.is_exhausted {
@@ -150,10 +156,11 @@ impl SocketListener {
             .first()
             .map(|(_, since)| (*since + SILENCE).saturating_duration_since(Instant::now()));
         let pause = self.is_exhausted.then_some(PAUSE);
-        let patience = [oldest, pause].into_iter().flatten().min();
+        let glance = (!begun.is_empty()).then_some(GLANCE);
+        let patience = [oldest, pause, glance].into_iter().flatten().min();
         let timeout = patience.and_then(|patience| Timespec::try_from(patience).ok());
         match poll(&mut fds, timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
+            Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
@@ -171,7 +178,7 @@ impl Listener for SocketListener {
             }
             self.admit().map_err(failed)?;
             // Gone without a word counts as one: the script says what is wrong with it.
-            let speaks = |(client, _): &(OwnedFd, Instant)| has_input(client);
+            let speaks = |(client, _): &(OwnedFd, Instant)| heard(client).is_none_or(|n| n >= WORD);
             if let Some(index) = self.silent.iter().position(speaks) {
                 let (client, _) = self.silent.remove(index);
                 return Ok(Box::new(SocketChannel::new(client, &self.cancel)));
@@ -180,7 +187,9 @@ impl Listener for SocketListener {
                 let is_young = since.elapsed() < SILENCE;
                 if !is_young {
                     let seconds = SILENCE.as_secs();
-                    log::error!("A client has not sent a byte for {seconds} seconds: dropped");
+                    log::error!(
+                        "A client has sent nothing to go by for {seconds} seconds: dropped"
+                    );
                 }
                 is_young
             });
@@ -210,14 +219,21 @@ fn unpace(socket: &OwnedFd) {
     }
 }
 
-/// Whether there is something to read, the end included.
-fn has_input(client: &OwnedFd) -> bool {
-    let mut fds = [PollFd::new(client, PollFlags::IN)];
-    let now = Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    matches!(poll(&mut fds, Some(&now)), Ok(1..))
+/// How many bytes a client has sent, as far as [`WORD`]; none if it will send no more.
+fn heard(client: impl AsFd) -> Option<usize> {
+    let mut word = [0; WORD];
+    match recv(&client, &mut word, RecvFlags::PEEK | RecvFlags::DONTWAIT) {
+        Ok((0, _)) => None,
+        Ok((count, _)) if count < WORD && has_hung_up(&client) => None,
+        Ok((count, _)) => Some(count),
+        Err(Errno::AGAIN | Errno::INTR) => Some(0),
+        Err(_) => None,
+    }
+}
+
+fn has_hung_up(client: impl AsFd) -> bool {
+    let mut fds = [PollFd::new(&client, PollFlags::RDHUP)];
+    matches!(poll(&mut fds, Some(&Timespec::default())), Ok(1..))
 }
 
 /// Whether accepting will never work again.
@@ -237,7 +253,11 @@ fn is_passing(error: &io::Error) -> bool {
     )
 }
 
-/// How long a client may be silent.
+/// Bytes of magic and version.
+const WORD: usize = 8;
+/// How often to look at one who has begun to speak.
+const GLANCE: Duration = Duration::from_millis(20);
+/// How long a client may take for that.
 const SILENCE: Duration = Duration::from_secs(5);
 /// How many may be.
 const MOST_SILENT: usize = 16;

@@ -73,14 +73,14 @@ fn pair(uri: &str) -> (Box<dyn Channel>, Box<dyn Channel>) {
     (out, back)
 }
 
-/// A client is taken for one when it speaks.
+/// A client is taken for one when it has sent eight bytes.
 fn speak(out: &mut dyn Channel, listener: &mut dyn Listener) -> Box<dyn Channel> {
-    write_all(out, b"!").unwrap();
+    write_all(out, b"magic...").unwrap();
     let mut back = listener.accept().unwrap();
-    let mut word = [0; 1];
+    let mut word = [0; 8];
     assert_eq!(
         back.read(&mut [In::from(&mut word[..])], PATIENCE).unwrap(),
-        1
+        8
     );
     back
 }
@@ -90,25 +90,27 @@ fn silent_clients_keep_nobody_out() {
     let mut listener = incoming("tcp:127.0.0.1:0").unwrap();
     let address = listener.address().unwrap();
     let address = address.strip_prefix("tcp:").unwrap();
-    let mut clients: Vec<TcpStream> = (0..3)
+    let mut clients: Vec<TcpStream> = (0..4)
         .map(|_| TcpStream::connect(address).unwrap())
         .collect();
-    clients[1].write_all(b"QEVM").unwrap();
+    // Half a word is none.
+    clients[3].write_all(b"QEVM").unwrap();
+    clients[1].write_all(b"QEVM\0\0\0\x03").unwrap();
     let start = Instant::now();
     let mut back = listener.accept().unwrap();
     assert!(start.elapsed() < Duration::from_secs(2));
     let mut word = [0; 9];
     let count = back.read(&mut [In::from(&mut word[..])], PATIENCE).unwrap();
-    assert_eq!(&word[..count], b"QEVM");
+    assert_eq!(&word[..count], b"QEVM\0\0\0\x03");
     // The others are neither forgotten nor waited for for ever.
-    clients[2].write_all(b"x").unwrap();
+    clients[2].write_all(b"GET / HTTP/1.1").unwrap();
     listener.accept().unwrap();
     let accepted = thread::spawn(move || listener.accept().is_ok());
-    assert_eq!(
-        clients[0].read(&mut word).unwrap(),
-        0,
-        "dropped for its silence"
-    );
+    for index in [0, 3] {
+        let end = clients[index].read(&mut word);
+        // What it had sent and nobody read makes the end a reset.
+        assert!(matches!(end, Ok(0) | Err(_)), "client {index} is dropped");
+    }
     assert!(start.elapsed() < Duration::from_secs(8));
     TcpStream::connect(address)
         .unwrap()
@@ -171,8 +173,8 @@ fn a_listener_takes_a_second_source() {
     let address = listener.address().unwrap();
     for _ in 0..2 {
         let mut out = open(&address, &mut none()).unwrap();
+        let mut back = speak(&mut *out, &mut *listener);
         write_all(&mut *out, b"x").unwrap();
-        let mut back = listener.accept().unwrap();
         out.abandon();
         assert_eq!(read_all(&mut *back).unwrap(), b"x");
     }

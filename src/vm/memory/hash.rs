@@ -40,7 +40,7 @@ pub(super) fn page(bytes: &[u8; PAGE_SIZE], seed: u64) -> u64 {
     page_portable(bytes, seed)
 }
 
-/// All eight lanes in one register.
+/// All eight lanes in one register, and the sixteen keys of a block in sixteen.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 fn page_avx512(bytes: &[u8; PAGE_SIZE], seed: u64) -> u64 {
@@ -50,18 +50,20 @@ fn page_avx512(bytes: &[u8; PAGE_SIZE], seed: u64) -> u64 {
         let keyed = _mm512_xor_si512(data, key);
         let product = _mm512_mul_epu32(keyed, _mm512_srli_epi64::<32>(keyed));
         let swapped = _mm512_shuffle_epi32::<SWAP>(data);
-        _mm512_add_epi64(_mm512_add_epi64(lanes, swapped), product)
+        // The next stripe waits for one addition only.
+        _mm512_add_epi64(lanes, _mm512_add_epi64(swapped, product))
     };
     let secret_bytes = secret_bytes(&secret);
     let key = |at: usize| load512(window(secret_bytes, at));
+    let keys: [__m512i; STRIPES_PER_BLOCK] = std::array::from_fn(|within| key(within * 8));
     let scrambler = key(SCRAMBLE_AT);
     let prime = _mm512_set1_epi64(PRIME32_1 as i64);
     let mut lanes = load512(&initial_bytes());
     let (stripes, _) = bytes.as_chunks::<STRIPE>();
     let (blocks, rest) = stripes[..STRIPES - 1].as_chunks::<STRIPES_PER_BLOCK>();
     for block in blocks {
-        for (within, stripe) in block.iter().enumerate() {
-            lanes = step(lanes, stripe, key(within * 8));
+        for (stripe, key) in block.iter().zip(keys) {
+            lanes = step(lanes, stripe, key);
         }
         let mixed = _mm512_xor_si512(lanes, _mm512_srli_epi64::<47>(lanes));
         let mixed = _mm512_xor_si512(mixed, scrambler);
@@ -69,8 +71,8 @@ fn page_avx512(bytes: &[u8; PAGE_SIZE], seed: u64) -> u64 {
         let low = _mm512_mul_epu32(mixed, prime);
         lanes = _mm512_add_epi64(low, _mm512_slli_epi64::<32>(high));
     }
-    for (within, stripe) in rest.iter().enumerate() {
-        lanes = step(lanes, stripe, key(within * 8));
+    for (stripe, key) in rest.iter().zip(keys) {
+        lanes = step(lanes, stripe, key);
     }
     lanes = step(lanes, &stripes[STRIPES - 1], key(LAST_AT));
     let mut words = [0; 8];
