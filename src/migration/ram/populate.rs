@@ -5,11 +5,18 @@
 //! thread of its own therefore touches what comes next. It never changes content, and never goes
 //! further than a few MiB beyond the last page received, so that memory the guest does not use
 //! stays unused here too. QEMU has nothing of the kind (its `preallocate-switch` is all or nothing).
+//!
+//! What the first touch costs differs by a factor of five on one machine, depending on whether the
+//! host still has the memory. Where it is cheap the thread would only take a processor away from
+//! source and receiver, so then it merely looks, once in a while, whether that is still so.
 
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::{Builder, JoinHandle};
+
+use rustix::time::{ClockId, clock_gettime};
 
 use crate::vm::memory::RamBlock;
 
@@ -33,6 +40,8 @@ struct Row {
 struct Crew {
     orders: SyncSender<(Arc<RamBlock>, Range<usize>)>,
     thread: JoinHandle<()>,
+    /// Whether the first touch was so dear the last time that it is worth a thread.
+    is_dear: Arc<AtomicBool>,
 }
 
 impl Populator {
@@ -66,16 +75,15 @@ impl Populator {
             self.crew = Crew::hire();
             self.is_wanted = self.crew.is_some();
         }
-        let order = (Arc::clone(block), chunk);
         self.crew
             .as_ref()
-            .is_some_and(|crew| crew.orders.try_send(order).is_ok())
+            .is_some_and(|crew| crew.order(block, chunk))
     }
 }
 
 impl Drop for Populator {
     fn drop(&mut self) {
-        if let Some(Crew { orders, thread }) = self.crew.take() {
+        if let Some(Crew { orders, thread, .. }) = self.crew.take() {
             drop(orders);
             // It does nothing that could panic, and its end is all that is waited for.
             let _ = thread.join();
@@ -86,15 +94,40 @@ impl Drop for Populator {
 impl Crew {
     fn hire() -> Option<Self> {
         let (orders, work) = sync_channel::<(Arc<RamBlock>, Range<usize>)>(AHEAD / CHUNK);
-        let populate = move || work.iter().for_each(|(block, pages)| block.populate(pages));
+        let is_dear = Arc::new(AtomicBool::new(false));
+        let verdict = Arc::clone(&is_dear);
+        let populate = move || {
+            for (block, pages) in work {
+                let before = clock_gettime(ClockId::ThreadCPUTime);
+                block.populate(pages);
+                let spent = clock_gettime(ClockId::ThreadCPUTime) - before;
+                verdict.store((spent.tv_sec, spent.tv_nsec) > (0, DEAR), Ordering::Relaxed);
+            }
+        };
         match Builder::new().name("populate".to_owned()).spawn(populate) {
-            Ok(thread) => Some(Self { orders, thread }),
+            Ok(thread) => Some(Self {
+                orders,
+                thread,
+                is_dear,
+            }),
             Err(error) => {
                 log::debug!("no thread to populate memory ahead: {error}");
                 None
             }
         }
     }
+
+    /// Has the chunk populated if that is worth it, or if it is time to find out. False when the
+    /// thread has enough to do.
+    fn order(&self, block: &Arc<RamBlock>, chunk: Range<usize>) -> bool {
+        let is_wanted = self.is_dear.load(Ordering::Relaxed) || is_sample(&chunk);
+        !is_wanted || self.orders.try_send((Arc::clone(block), chunk)).is_ok()
+    }
+}
+
+/// Whether this chunk is populated in any case, to see what it costs.
+fn is_sample(chunk: &Range<usize>) -> bool {
+    (chunk.start / CHUNK).is_multiple_of(SAMPLE)
 }
 
 impl Row {
@@ -129,6 +162,11 @@ impl Row {
 const CHUNK: usize = 512;
 /// A row of so many pages will probably go on.
 const LONG: usize = 2 * CHUNK;
+/// Every so many chunks one is a sample.
+const SAMPLE: usize = 16;
+/// Processor time for a chunk from which on it is dear, nanoseconds: twice what clearing 2 MiB
+/// takes, half of what it takes where a host has to find the memory first.
+const DEAR: i64 = 1_000_000;
 /// Pages beyond the last one received.
 const AHEAD: usize = 8 * CHUNK;
 
