@@ -19,6 +19,8 @@ pub const HAIL: u32 = 0x686d_7073;
 pub const REPLY: u32 = 0x6873_6831;
 /// Cookie of the PING that asks a stock destination whether it has loaded everything so far.
 pub const CHECK: u32 = 2;
+/// Cookie of the PING that asks any destination whether it has read everything so far.
+pub const SOUNDING: u32 = 3;
 
 /// A message of the destination.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -19,7 +19,7 @@ use super::handover::{Peer, PointOfNoReturn};
 use super::manifest::Manifest;
 use super::progress::Progress;
 use super::ram::RamSave;
-use super::return_path::{HAIL, Message, REPLY, ReturnPath, objection};
+use super::return_path::{HAIL, Message, REPLY, ReturnPath, SOUNDING, objection};
 use super::section::{Command, FULL, MAGIC, VERSION, put_footer, put_header};
 use super::stats::Board;
 use super::stream::Writer;
@@ -71,6 +71,7 @@ impl<'a> Outgoing<'a> {
             return_path: ReturnPath::default(),
             peer: Peer::OneWay,
             ram: None,
+            soundings: 0,
             before: None,
             is_ambiguous: false,
         };
@@ -93,6 +94,8 @@ struct Run<'a> {
     return_path: ReturnPath,
     peer: Peer,
     ram: Option<RamSave<'a>>,
+    /// How often the way to the destination was sounded.
+    soundings: u32,
     /// What the guest was doing when we stopped it.
     before: Option<RunState>,
     /// Whether the destination may have the guest for all we know.
@@ -173,7 +176,7 @@ impl<'a> Run<'a> {
             let limits = (self.order.limits)();
             self.writer.progress.promised_bandwidth = limits.avail_switchover_bandwidth;
             self.writer.progress.tick(self.writer.sent());
-            if self.is_small_enough(&limits)? {
+            if self.is_small_enough(&limits)? && self.has_arrived(&limits)? {
                 return Ok(());
             }
             let now = self.order.clock.now();
@@ -208,6 +211,24 @@ impl<'a> Run<'a> {
         writer.progress.show(writer.sent());
         let pending = ram.pending();
         Ok(pending == 0 || pending < threshold)
+    }
+
+    /// What is still under way would add to the downtime, and megabytes can be, in the buffers of
+    /// both kernels. So the destination is asked whether it has read everything, while the guest
+    /// runs. False if too much was dirtied meanwhile; a few times, for on a slow line it might be
+    /// so for ever. (QEMU stops the guest at once.)
+    fn has_arrived(&mut self, limits: &Limits) -> Result<bool, Error> {
+        if !self.has_return_path() || self.soundings == MOST_SOUNDINGS {
+            return Ok(true);
+        }
+        self.soundings += 1;
+        self.writer
+            .put(|to| Command::Ping.put(&SOUNDING.to_be_bytes(), to));
+        self.writer.flush()?;
+        self.expect(NOT_READING, |message| {
+            (*message == Message::Pong(SOUNDING)).then_some(())
+        })?;
+        self.is_small_enough(limits)
     }
 
     fn stop_guest(&mut self) -> Result<RunState, Error> {
@@ -311,5 +332,8 @@ fn unexpected(message: &Message) -> Error {
 const FIRST_DEVICE: u32 = super::ram::SECTION_ID + 1;
 /// How long the destination may say nothing, or take no byte while the guest stands still.
 const PATIENCE: Duration = Duration::from_secs(5);
+/// How often to sound at most.
+const MOST_SOUNDINGS: u32 = 3;
+const NOT_READING: &str = "The destination has not read on for 5 seconds";
 const NO_ANSWER: &str = "No answer from the destination within 5 seconds: it hangs, or it can not \
                          answer; `migrate_set_capability return-path off` migrates without";
