@@ -198,7 +198,8 @@ pub fn objection(message: &Message) -> Option<Error> {
     }
 }
 
-const CLOSED: &str = "The destination closed the connection and did not say why";
+/// Why a destination is gone that said nothing.
+pub const CLOSED: &str = "The destination closed the connection and did not say why";
 /// Longest payload.
 const LONGEST: usize = 512;
 /// How long a short message may take to get out.

@@ -1,11 +1,14 @@
 //! How an outgoing migration ends: the only place that lets the guest go, or takes it back.
 
+use std::io::ErrorKind;
 use std::time::Duration;
 
 use super::Run;
 use crate::iov::Out;
 use crate::migration::Error;
+use crate::migration::channel::Fault;
 use crate::migration::handover::Peer;
+use crate::migration::return_path::CLOSED;
 use crate::migration::section::Command;
 use crate::migration::stats::Status;
 use crate::vm::guest;
@@ -64,14 +67,14 @@ impl Run<'_> {
     /// what breaks because the operator cancelled is a cancel.
     fn reason(&mut self, error: Error) -> Error {
         if self.order.cancel.is_cancelled() && !self.is_ambiguous {
-            return crate::migration::channel::Fault::Cancelled.into();
+            return Fault::Cancelled.into();
         }
         let is_broken = matches!(error, Error::Channel(_)) && !error.is_cancel();
         if is_broken && matches!(self.peer, Peer::Hmpsh | Peer::Stock) {
             return self
                 .return_path
                 .last_words(self.writer.channel())
-                .unwrap_or(error);
+                .unwrap_or_else(|| wordless(error));
         }
         error
     }
@@ -110,6 +113,22 @@ impl Run<'_> {
             .writer
             .channel()
             .write(&[Out::from(&bytes[..])], BRIEFLY);
+    }
+}
+
+/// A destination that ends with bytes unread resets the connection, one that has read them closes
+/// it: which of the two is chance, and must not be what the operator is left with.
+fn wordless(error: Error) -> Error {
+    match &error {
+        Error::Channel(Fault::Io { source, .. })
+            if matches!(
+                source.kind(),
+                ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
+            ) =>
+        {
+            Fault::Failed(format!("{CLOSED} ({error})")).into()
+        }
+        _ => error,
     }
 }
 
