@@ -1,7 +1,7 @@
 //! What proves at the end that both sides hold the same: a hash per page and one over the rest.
 //!
-//! Per page 8 bytes: XXH3-64 of the content, seeded with the page's place (byte offset in all RAM
-//! blocks laid end to end in the order of the block list). Zero pages and pages never sent count
+//! Per page 8 bytes: a hash of the content and the page's place (byte offset in all RAM blocks laid
+//! end to end in the order of the block list). Zero pages and pages never sent count
 //! as 0. The sum of all of them, kept while the pages move, does not depend on the order or on how
 //! often a page was sent. Every byte of the main stream that is not the content of a page goes, up
 //! to and including the EOF byte, into another XXH3-64. Both travel in the trailing JSON
@@ -11,7 +11,7 @@ use std::sync::Arc;
 
 use xxhash_rust::xxh3::Xxh3Default;
 
-use crate::vm::memory::{PAGE_SIZE, Page, RamBlock};
+use crate::vm::memory::{PAGE_SIZE, Page, RamBlock, hash};
 
 /// The hashes of all pages of all blocks, and their sum.
 pub struct PageHashes {
@@ -48,10 +48,16 @@ impl PageHashes {
 
     /// Notes the content of a page that is not zero.
     #[inline]
-    pub fn note(&mut self, block: usize, page: usize, content: &Page<'_>) {
-        let seed = self.blocks[block].base + (page * PAGE_SIZE) as u64;
-        // 0 means zero, so no content may have it.
-        self.set(block, page, content.hash(seed).max(1));
+    pub fn note(&mut self, block: usize, page: usize, content: &[u8; PAGE_SIZE]) {
+        let hash = hash::page(content, self.place(block, page));
+        self.set(block, page, hash.max(LEAST));
+    }
+
+    /// Notes what a page of the guest holds, which is not zero.
+    #[inline]
+    pub fn note_live(&mut self, block: usize, page: usize, content: &Page<'_>) {
+        let hash = content.hash(self.place(block, page));
+        self.set(block, page, hash.max(LEAST));
     }
 
     /// Notes that a page is zero.
@@ -72,6 +78,11 @@ impl PageHashes {
     }
 
     #[inline]
+    fn place(&self, block: usize, page: usize) -> u64 {
+        self.blocks[block].base + (page * PAGE_SIZE) as u64
+    }
+
+    #[inline]
     fn set(&mut self, block: usize, page: usize, hash: u64) {
         let slot = &mut self.blocks[block].pages[page];
         // Reading an untouched slot is free, writing it is not.
@@ -81,6 +92,9 @@ impl PageHashes {
         }
     }
 }
+
+/// 0 means zero, so no content may have it.
+const LEAST: u64 = 1;
 
 /// Hash over the stream's bytes that are no page contents.
 #[derive(Default)]
@@ -182,14 +196,14 @@ mod tests {
                 blocks[block].page(page).write(&[fill; PAGE_SIZE]);
                 match fill {
                     0 => live.note_zero(block, page),
-                    _ => live.note(block, page, &blocks[block].page(page)),
+                    _ => live.note_live(block, page, &blocks[block].page(page)),
                 }
             }
             let mut fresh = PageHashes::new(&blocks, &[0, 1]);
             for (index, block) in blocks.iter().enumerate().rev() {
                 for page in 0..block.pages() {
                     if !block.page(page).is_zero() {
-                        fresh.note(index, page, &block.page(page));
+                        fresh.note_live(index, page, &block.page(page));
                     }
                 }
             }
@@ -211,11 +225,11 @@ mod tests {
         blocks[0].page(0).write(&[1; PAGE_SIZE]);
         blocks[0].page(1).write(&[2; PAGE_SIZE]);
         let mut right = PageHashes::new(&blocks, &[0, 1]);
-        right.note(0, 0, &blocks[0].page(0));
-        right.note(0, 1, &blocks[0].page(1));
+        right.note_live(0, 0, &blocks[0].page(0));
+        right.note_live(0, 1, &blocks[0].page(1));
         let mut swapped = PageHashes::new(&blocks, &[0, 1]);
-        swapped.note(0, 1, &blocks[0].page(0));
-        swapped.note(0, 0, &blocks[0].page(1));
+        swapped.note_live(0, 1, &blocks[0].page(0));
+        swapped.note_live(0, 0, &blocks[0].page(1));
         assert_ne!(right.sum(), swapped.sum());
     }
 

@@ -91,19 +91,6 @@ impl Word {
         };
         self.offset | record | if self.same_block { CONTINUE } else { 0 }
     }
-
-    /// The word before page `index` that follows another page of its block.
-    #[inline]
-    fn page_in_row(index: usize) -> [u8; 8] {
-        let offset = (index * PAGE_SIZE) as u64;
-        Self {
-            record: Record::Page,
-            same_block: true,
-            offset,
-        }
-        .compose()
-        .to_be_bytes()
-    }
 }
 
 /// Header of the section.

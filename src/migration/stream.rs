@@ -1,8 +1,7 @@
-//! The main stream as bytes: a writer that gathers and a reader that scatters.
+//! The main stream as bytes: a writer that gathers and a reader with a buffer.
 //!
-//! Both count and hash what passes, and neither copies a page if it can help it: the writer sends
-//! pages out of guest memory between the headers it has buffered, the reader lets the next pages
-//! fall into guest memory while it still only guesses that they are the next. QEMU's `QEMUFile`.
+//! Both count and hash what passes. The writer sends pages out of guest memory between the headers
+//! it has buffered; the reader shows pages in its buffer. QEMU's `QEMUFile`.
 
 mod reader;
 mod writer;

@@ -9,7 +9,7 @@
     reason = "guest memory is shared with the guest: raw pointers only"
 )]
 
-mod hash;
+pub mod hash;
 
 use std::io;
 use std::marker::PhantomData;
@@ -306,14 +306,7 @@ impl<'a> Page<'a> {
     /// Whether all 4096 bytes are zero.
     #[inline]
     pub fn is_zero(&self) -> bool {
-        let bytes = self.bytes();
-        // Most pages that are not zero say so early: look at the ends before reading it all.
-        if bytes[0] != 0 || bytes[PAGE_SIZE - 1] != 0 {
-            return false;
-        }
-        bytes
-            .chunks_exact(256)
-            .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
+        is_zero(self.bytes())
     }
 
     /// Has the first bytes brought into the cache, without waiting.
@@ -326,10 +319,10 @@ impl<'a> Page<'a> {
         }
     }
 
-    /// XXH3-64 of the content, seeded (the engine seeds it with the page's address).
+    /// The page's hash at that place (the engine's is the offset in all blocks).
     #[inline]
-    pub fn hash(&self, seed: u64) -> u64 {
-        hash::page(self.bytes(), seed)
+    pub fn hash(&self, place: u64) -> u64 {
+        hash::page(self.bytes(), place)
     }
 
     /// The page as a piece for a gather write.
@@ -366,6 +359,16 @@ impl<'a> Page<'a> {
             unsafe { std::ptr::write_bytes(self.at, 0, PAGE_SIZE) };
         }
     }
+}
+
+/// Whether all bytes of a page are zero.
+#[inline]
+pub fn is_zero(bytes: &[u8; PAGE_SIZE]) -> bool {
+    // Most pages that are not zero say so in the first bytes, and those may have been prefetched.
+    bytes[..8] == [0; 8]
+        && bytes
+            .chunks_exact(256)
+            .all(|chunk| chunk.iter().fold(0, |all, byte| all | byte) == 0)
 }
 
 /// `struct pm_scan_arg` of linux/fs.h.

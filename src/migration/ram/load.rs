@@ -1,4 +1,4 @@
-//! RAM on its way in: pages go straight into the incoming machine's fresh memory.
+//! RAM on its way in: pages go from the reader's buffer into the incoming machine's fresh memory.
 //!
 //! Every offset and length is checked against the blocks of this machine before it is used.
 //! Contract with the machine: its anonymous blocks read as zero when the migration begins, so a
@@ -14,7 +14,7 @@ use crate::migration::integrity::PageHashes;
 use crate::migration::stats::RamStats;
 use crate::migration::stream::Reader;
 use crate::vm::guest::SectionHeader;
-use crate::vm::memory::{PAGE_SIZE, RamBlock};
+use crate::vm::memory::{PAGE_SIZE, RamBlock, is_zero};
 
 /// The live section `ram`, incoming.
 pub struct RamLoad<'a> {
@@ -151,7 +151,7 @@ impl<'a> RamLoad<'a> {
                     return Err(Error::stream("The list of RAM blocks came a second time"));
                 }
                 Record::Zero => self.zero(reader, word)?,
-                Record::Page => self.pages(reader, word)?,
+                Record::Page => self.page(reader, word)?,
             }
         }
     }
@@ -176,41 +176,39 @@ impl<'a> RamLoad<'a> {
     }
 
     fn zero(&mut self, reader: &mut Reader, word: Word) -> Result<(), Error> {
-        let (index, page) = self.place(reader, word)?;
+        let (block, page) = self.place(reader, word)?;
         let fill = reader.u8()?;
         if fill != 0 {
             return Err(Error::Stream(format!(
                 "Found a zero page with value {fill}"
             )));
         }
-        let block = &self.blocks[index];
-        let hashes = self.hashes.as_mut().ok_or_else(no_list)?;
-        // What never held anything else is not touched here: it is zero, or blanked at the end.
-        if !hashes.is_zero(index, page) {
-            block.page(page).clear();
-            hashes.note_zero(index, page);
-        }
         self.stats.duplicate += 1;
+        self.clear(block, page)
+    }
+
+    fn page(&mut self, reader: &mut Reader, word: Word) -> Result<(), Error> {
+        let (index, page) = self.place(reader, word)?;
+        let content = reader.page()?;
+        self.stats.normal += 1;
+        if is_zero(content) {
+            return self.clear(index, page);
+        }
+        let hashes = self.hashes.as_mut().ok_or_else(no_list)?;
+        hashes.note(index, page, content);
+        let block = &self.blocks[index];
+        block.page(page).write(content);
+        self.populator.received(index, block, page);
         Ok(())
     }
 
-    fn pages(&mut self, reader: &mut Reader, word: Word) -> Result<(), Error> {
-        let (index, first) = self.place(reader, word)?;
-        let block = &self.blocks[index];
+    /// What never held anything else is not touched here: it is zero, or blanked at the end.
+    fn clear(&mut self, block: usize, page: usize) -> Result<(), Error> {
         let hashes = self.hashes.as_mut().ok_or_else(no_list)?;
-        let count = reader.pages(block, first, Word::page_in_row, |page| {
-            hashes.is_zero(index, page) && (block.is_anonymous() || block.page(page).is_zero())
-        })?;
-        self.populator.received(index, block, first..first + count);
-        for page in first..first + count {
-            let content = block.page(page);
-            if content.is_zero() {
-                hashes.note_zero(index, page);
-            } else {
-                hashes.note(index, page, &content);
-            }
+        if !hashes.is_zero(block, page) {
+            self.blocks[block].page(page).clear();
+            hashes.note_zero(block, page);
         }
-        self.stats.normal += count as u64;
         Ok(())
     }
 
@@ -403,7 +401,7 @@ mod tests {
                     blocks[index].page(page).read(&mut content);
                     prop_assert!(content == [*fill; PAGE_SIZE], "block {} page {}", index, page);
                     if *fill != 0 {
-                        hashes.note(index, page, &blocks[index].page(page));
+                        hashes.note_live(index, page, &blocks[index].page(page));
                     }
                 }
             }

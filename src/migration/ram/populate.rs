@@ -55,10 +55,10 @@ impl Populator {
         }
     }
 
-    /// These pages of the block with that index have arrived.
+    /// This page of the block with that index has arrived.
     #[inline]
-    pub(super) fn received(&mut self, index: usize, block: &Arc<RamBlock>, pages: Range<usize>) {
-        self.row.extend(index, pages);
+    pub(super) fn received(&mut self, index: usize, block: &Arc<RamBlock>, page: usize) {
+        self.row.extend(index, page);
         if self.is_wanted && block.is_anonymous() {
             while let Some(chunk) = self.row.next_chunk(block.pages()) {
                 if !self.send(block, chunk.clone()) {
@@ -132,15 +132,15 @@ fn is_sample(chunk: &Range<usize>) -> bool {
 
 impl Row {
     #[inline]
-    fn extend(&mut self, block: usize, pages: Range<usize>) {
-        if (self.block, self.next) == (block, pages.start) {
-            self.next = pages.end;
+    fn extend(&mut self, block: usize, page: usize) {
+        if (self.block, self.next) == (block, page) {
+            self.next += 1;
         } else {
             *self = Self {
                 block,
-                begin: pages.start,
-                next: pages.end,
-                ahead: pages.end,
+                begin: page,
+                next: page + 1,
+                ahead: page + 1,
             };
         }
     }
@@ -179,12 +179,12 @@ mod tests {
     #[test]
     fn only_a_long_row_sends_anyone_ahead() {
         let mut row = Row::default();
-        row.extend(0, 100..100 + LONG - 1);
+        (100..100 + LONG - 1).for_each(|page| row.extend(0, page));
         assert_eq!(row.next_chunk(1 << 20), None);
-        row.extend(0, 100 + LONG - 1..100 + LONG);
+        row.extend(0, 100 + LONG - 1);
         assert_eq!(row.next_chunk(1 << 20), Some(1536..2048));
         assert_eq!(row.next_chunk(1600), Some(1536..1600));
-        row.extend(1, 100 + LONG..101 + LONG);
+        row.extend(1, 100 + LONG);
         assert_eq!(row.next_chunk(1 << 20), None, "another block");
     }
 
@@ -197,7 +197,7 @@ mod tests {
             let mut row = Row::default();
             let mut at = 0;
             for (block, count) in pieces {
-                row.extend(block, at..at + count);
+                (at..at + count).for_each(|page| row.extend(block, page));
                 at += count;
                 while let Some(chunk) = row.next_chunk(limit) {
                     prop_assert!(chunk.start >= at && chunk.end <= at + AHEAD && chunk.end <= limit);
@@ -213,7 +213,7 @@ mod tests {
         let block = Arc::new(RamBlock::new("test", bytes, Backing::Anonymous).unwrap());
         block.page(3 * CHUNK).write(&[7; PAGE_SIZE]);
         let mut populator = Populator::new();
-        populator.received(0, &block, 0..LONG);
+        (0..LONG).for_each(|page| populator.received(0, &block, page));
         drop(populator);
         let mut content = [0; PAGE_SIZE];
         block.page(3 * CHUNK).read(&mut content);

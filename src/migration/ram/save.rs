@@ -199,7 +199,7 @@ impl<'a> RamSave<'a> {
         writer.flush()?;
         for (block, index) in self.queued.drain(..) {
             self.hashes
-                .note(block, index, &self.blocks[block].page(index));
+                .note_live(block, index, &self.blocks[block].page(index));
         }
         Ok(())
     }

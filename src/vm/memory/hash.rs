@@ -1,9 +1,15 @@
-//! XXH3-64 of exactly one page, as wide as the processor can.
+//! A page's hash, as wide as the processor can.
+//!
+//! XXH3-64 of the content, and then XXH3-64 of those 8 bytes (little-endian) with the page's place as
+//! seed. The content alone is hashed without a seed because a seed would have the keys computed
+//! anew for every page, which takes as long as a third of the page.
 //!
 //! The crate chooses its vector width when it is compiled, so a portable build hashes with SSE2,
 //! which costs as much as moving the page. This is the same function for the one length that
 //! matters, in three widths, chosen at run time: memory should be the limit. The crate remains
-//! the reference (tests). Algorithm: the XXH3 specification, inputs over 240 bytes.
+//! the reference (tests). Algorithm: the XXH3 specification, inputs over 240 bytes. Where it adds
+//! each word to the lane beside its own, here the words are added up first: the lanes then wait
+//! for fewer additions, and the exchange is done once per block.
 //! A child of the room `vm/memory`, and as that allowed `unsafe`.
 #![expect(
     unsafe_code,
@@ -13,124 +19,136 @@
 #[cfg(target_arch = "x86_64")]
 use std::arch::x86_64::{
     __m256i, __m512i, _mm256_add_epi64, _mm256_loadu_si256, _mm256_mul_epu32, _mm256_set1_epi64x,
-    _mm256_shuffle_epi32, _mm256_slli_epi64, _mm256_srli_epi64, _mm256_storeu_si256,
-    _mm256_xor_si256, _mm512_add_epi64, _mm512_loadu_si512, _mm512_mul_epu32, _mm512_set1_epi64,
-    _mm512_shuffle_epi32, _mm512_slli_epi64, _mm512_srli_epi64, _mm512_storeu_si512,
-    _mm512_xor_si512,
+    _mm256_setzero_si256, _mm256_shuffle_epi32, _mm256_slli_epi64, _mm256_srli_epi64,
+    _mm256_storeu_si256, _mm256_xor_si256, _mm512_add_epi64, _mm512_loadu_si512, _mm512_mul_epu32,
+    _mm512_set1_epi64, _mm512_setzero_si512, _mm512_shuffle_epi32, _mm512_slli_epi64,
+    _mm512_srli_epi64, _mm512_storeu_si512, _mm512_xor_si512,
 };
 
 use xxhash_rust::const_xxh3::const_custom_default_secret;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 use super::PAGE_SIZE;
 
-/// XXH3-64 of a page with that seed.
+/// Hash of a page with that content at that place.
 #[inline]
-pub(super) fn page(bytes: &[u8; PAGE_SIZE], seed: u64) -> u64 {
+pub fn page(bytes: &[u8; PAGE_SIZE], place: u64) -> u64 {
+    xxh3_64_with_seed(&content(bytes).to_le_bytes(), place)
+}
+
+/// XXH3-64 of a page.
+#[inline]
+fn content(bytes: &[u8; PAGE_SIZE]) -> u64 {
     #[cfg(target_arch = "x86_64")]
     {
         if std::arch::is_x86_feature_detected!("avx512f") {
             // SAFETY: the processor has AVX-512F.
-            return unsafe { page_avx512(bytes, seed) };
+            return unsafe { content_avx512(bytes) };
         }
         if std::arch::is_x86_feature_detected!("avx2") {
             // SAFETY: the processor has AVX2.
-            return unsafe { page_avx2(bytes, seed) };
+            return unsafe { content_avx2(bytes) };
         }
     }
-    page_portable(bytes, seed)
+    content_portable(bytes)
 }
 
-/// All eight lanes in one register, and the sixteen keys of a block in sixteen.
+/// All eight lanes in one register.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-fn page_avx512(bytes: &[u8; PAGE_SIZE], seed: u64) -> u64 {
-    let secret = derived_secret(seed);
-    let step = |lanes, stripe: &[u8; STRIPE], key| {
-        let data = load512(stripe);
+fn content_avx512(bytes: &[u8; PAGE_SIZE]) -> u64 {
+    let product = |data, key| {
         let keyed = _mm512_xor_si512(data, key);
-        let product = _mm512_mul_epu32(keyed, _mm512_srli_epi64::<32>(keyed));
-        let swapped = _mm512_shuffle_epi32::<SWAP>(data);
-        // The next stripe waits for one addition only.
-        _mm512_add_epi64(lanes, _mm512_add_epi64(swapped, product))
+        _mm512_mul_epu32(keyed, _mm512_srli_epi64::<32>(keyed))
     };
-    let secret_bytes = secret_bytes(&secret);
-    let key = |at: usize| load512(window(secret_bytes, at));
-    let keys: [__m512i; STRIPES_PER_BLOCK] = std::array::from_fn(|within| key(within * 8));
-    let scrambler = key(SCRAMBLE_AT);
-    let prime = _mm512_set1_epi64(PRIME32_1 as i64);
-    let mut lanes = load512(&initial_bytes());
-    let (stripes, _) = bytes.as_chunks::<STRIPE>();
-    let (blocks, rest) = stripes[..STRIPES - 1].as_chunks::<STRIPES_PER_BLOCK>();
-    for block in blocks {
-        for (stripe, key) in block.iter().zip(keys) {
-            lanes = step(lanes, stripe, key);
+    let accumulate = |lanes, stripes: &[Stripe]| {
+        let (mut lanes, mut sums) = (lanes, _mm512_setzero_si512());
+        for (stripe, key) in stripes.iter().zip(&KEYS.stripes) {
+            let data = load512(stripe);
+            lanes = _mm512_add_epi64(lanes, product(data, load512(key)));
+            sums = _mm512_add_epi64(sums, data);
         }
+        _mm512_add_epi64(lanes, _mm512_shuffle_epi32::<SWAP>(sums))
+    };
+    let prime = _mm512_set1_epi64(PRIME32_1 as i64);
+    let scramble = |lanes| {
         let mixed = _mm512_xor_si512(lanes, _mm512_srli_epi64::<47>(lanes));
-        let mixed = _mm512_xor_si512(mixed, scrambler);
+        let mixed = _mm512_xor_si512(mixed, load512(&KEYS.scrambler));
         let high = _mm512_mul_epu32(_mm512_srli_epi64::<32>(mixed), prime);
         let low = _mm512_mul_epu32(mixed, prime);
-        lanes = _mm512_add_epi64(low, _mm512_slli_epi64::<32>(high));
+        _mm512_add_epi64(low, _mm512_slli_epi64::<32>(high))
+    };
+    let (blocks, rest, last) = split(bytes);
+    let mut lanes = load512(&KEYS.initial);
+    for block in blocks {
+        lanes = scramble(accumulate(lanes, block));
     }
-    for (stripe, key) in rest.iter().zip(keys) {
-        lanes = step(lanes, stripe, key);
-    }
-    lanes = step(lanes, &stripes[STRIPES - 1], key(LAST_AT));
+    lanes = accumulate(lanes, rest);
+    let data = load512(last);
+    lanes = _mm512_add_epi64(lanes, product(data, load512(&KEYS.last)));
+    lanes = _mm512_add_epi64(lanes, _mm512_shuffle_epi32::<SWAP>(data));
     let mut words = [0; 8];
     // SAFETY: there is room for 64 bytes.
     unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), lanes) };
-    merge(&words, &secret)
+    merge(&words)
 }
 
 /// Four lanes in each of two registers.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn page_avx2(bytes: &[u8; PAGE_SIZE], seed: u64) -> u64 {
-    let secret = derived_secret(seed);
-    let step = |lanes, data, key| {
-        let keyed = _mm256_xor_si256(data, key);
-        let product = _mm256_mul_epu32(keyed, _mm256_srli_epi64::<32>(keyed));
-        let swapped = _mm256_shuffle_epi32::<SWAP>(data);
-        _mm256_add_epi64(_mm256_add_epi64(lanes, swapped), product)
+fn content_avx2(bytes: &[u8; PAGE_SIZE]) -> u64 {
+    let add = |a: [__m256i; 2], b: [__m256i; 2]| {
+        [_mm256_add_epi64(a[0], b[0]), _mm256_add_epi64(a[1], b[1])]
     };
-    let secret_bytes = secret_bytes(&secret);
-    let key = |at: usize| load256(window(secret_bytes, at));
-    let prime = _mm256_set1_epi64x(PRIME32_1 as i64);
-    let scramble = |lanes, key| {
-        let mixed = _mm256_xor_si256(lanes, _mm256_srli_epi64::<47>(lanes));
-        let mixed = _mm256_xor_si256(mixed, key);
-        let high = _mm256_mul_epu32(_mm256_srli_epi64::<32>(mixed), prime);
-        let low = _mm256_mul_epu32(mixed, prime);
-        _mm256_add_epi64(low, _mm256_slli_epi64::<32>(high))
+    let swap = |sums: [__m256i; 2]| sums.map(|half| _mm256_shuffle_epi32::<SWAP>(half));
+    let product = |data: [__m256i; 2], key: [__m256i; 2]| {
+        std::array::from_fn(|half| {
+            let keyed = _mm256_xor_si256(data[half], key[half]);
+            _mm256_mul_epu32(keyed, _mm256_srli_epi64::<32>(keyed))
+        })
     };
-    let scrambler = key(SCRAMBLE_AT);
-    let (mut left, mut right) = load256(&initial_bytes());
-    let (stripes, _) = bytes.as_chunks::<STRIPE>();
-    for (index, stripe) in stripes[..STRIPES - 1].iter().enumerate() {
-        let within = index % STRIPES_PER_BLOCK;
-        let (data, key) = (load256(stripe), key(within * 8));
-        left = step(left, data.0, key.0);
-        right = step(right, data.1, key.1);
-        if within == STRIPES_PER_BLOCK - 1 {
-            left = scramble(left, scrambler.0);
-            right = scramble(right, scrambler.1);
+    let accumulate = |lanes, stripes: &[Stripe]| {
+        let (mut lanes, mut sums) = (lanes, [_mm256_setzero_si256(); 2]);
+        for (stripe, key) in stripes.iter().zip(&KEYS.stripes) {
+            let data = load256(stripe);
+            lanes = add(lanes, product(data, load256(key)));
+            sums = add(sums, data);
         }
+        add(lanes, swap(sums))
+    };
+    let prime = _mm256_set1_epi64x(PRIME32_1 as i64);
+    let scramble = |lanes: [__m256i; 2]| {
+        let key = load256(&KEYS.scrambler);
+        std::array::from_fn(|half| {
+            let mixed = _mm256_xor_si256(lanes[half], _mm256_srli_epi64::<47>(lanes[half]));
+            let mixed = _mm256_xor_si256(mixed, key[half]);
+            let high = _mm256_mul_epu32(_mm256_srli_epi64::<32>(mixed), prime);
+            let low = _mm256_mul_epu32(mixed, prime);
+            _mm256_add_epi64(low, _mm256_slli_epi64::<32>(high))
+        })
+    };
+    let (blocks, rest, last) = split(bytes);
+    let mut lanes = load256(&KEYS.initial);
+    for block in blocks {
+        lanes = scramble(accumulate(lanes, block));
     }
-    let (data, key) = (load256(&stripes[STRIPES - 1]), key(LAST_AT));
-    left = step(left, data.0, key.0);
-    right = step(right, data.1, key.1);
+    lanes = accumulate(lanes, rest);
+    let data = load256(last);
+    lanes = add(lanes, product(data, load256(&KEYS.last)));
+    lanes = add(lanes, swap(data));
     let mut words = [0; 8];
     // SAFETY: there is room for two times 32 bytes.
     unsafe {
-        _mm256_storeu_si256(words.as_mut_ptr().cast(), left);
-        _mm256_storeu_si256(words.as_mut_ptr().add(4).cast(), right);
+        _mm256_storeu_si256(words.as_mut_ptr().cast(), lanes[0]);
+        _mm256_storeu_si256(words.as_mut_ptr().add(4).cast(), lanes[1]);
     }
-    merge(&words, &secret)
+    merge(&words)
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
 #[inline]
-fn load512(bytes: &[u8; STRIPE]) -> __m512i {
+fn load512(bytes: &Stripe) -> __m512i {
     // SAFETY: 64 bytes can be read.
     unsafe { _mm512_loadu_si512(bytes.as_ptr().cast()) }
 }
@@ -138,103 +156,61 @@ fn load512(bytes: &[u8; STRIPE]) -> __m512i {
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 #[inline]
-fn load256(bytes: &[u8; STRIPE]) -> (__m256i, __m256i) {
+fn load256(bytes: &Stripe) -> [__m256i; 2] {
     let (low, high) = bytes.split_at(STRIPE / 2);
     // SAFETY: 32 bytes can be read from either half.
     unsafe {
-        (
+        [
             _mm256_loadu_si256(low.as_ptr().cast()),
             _mm256_loadu_si256(high.as_ptr().cast()),
-        )
+        ]
     }
 }
 
-/// The secret as the processors with wide vectors see it; they are little-endian.
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn secret_bytes(secret: &[u64; SECRET]) -> &[u8; SECRET * 8] {
-    // SAFETY: the same memory, and bytes have no alignment and no invalid value.
-    unsafe { &*std::ptr::from_ref(secret).cast() }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn window(secret: &[u8; SECRET * 8], at: usize) -> &[u8; STRIPE] {
-    // Never missing: every caller's `at` is at most SCRAMBLE_AT.
-    secret[at..].first_chunk().unwrap_or(&[0; STRIPE])
-}
-
-#[cfg(target_arch = "x86_64")]
-#[inline(always)]
-fn initial_bytes() -> [u8; STRIPE] {
-    let mut bytes = [0; STRIPE];
-    for (to, word) in bytes.as_chunks_mut::<8>().0.iter_mut().zip(INITIAL) {
-        *to = word.to_le_bytes();
-    }
-    bytes
-}
-
-#[inline(always)]
-fn page_portable(bytes: &[u8; PAGE_SIZE], seed: u64) -> u64 {
-    let secret = derived_secret(seed);
-    let mut lanes = INITIAL;
-    let (stripes, _) = bytes.as_chunks::<STRIPE>();
-    for (index, stripe) in stripes[..STRIPES - 1].iter().enumerate() {
-        let within = index % STRIPES_PER_BLOCK;
-        accumulate(&mut lanes, stripe, |lane| secret[within + lane]);
-        if within == STRIPES_PER_BLOCK - 1 {
-            scramble(&mut lanes, &secret);
+fn content_portable(bytes: &[u8; PAGE_SIZE]) -> u64 {
+    let (blocks, rest, last) = split(bytes);
+    let mut lanes = words(&KEYS.initial);
+    for block in blocks {
+        lanes = accumulate(lanes, block, &KEYS.stripes);
+        for (lane, key) in lanes.iter_mut().zip(words(&KEYS.scrambler)) {
+            *lane = (*lane ^ (*lane >> 47) ^ key).wrapping_mul(PRIME32_1);
         }
     }
-    accumulate(&mut lanes, &stripes[STRIPES - 1], |lane| {
-        unaligned(&secret, LAST_AT + lane * 8)
-    });
-    merge(&lanes, &secret)
+    lanes = accumulate(lanes, rest, &KEYS.stripes);
+    merge(&accumulate(lanes, &[*last], &[KEYS.last]))
+}
+
+fn accumulate(mut lanes: [u64; 8], stripes: &[Stripe], keys: &[Stripe]) -> [u64; 8] {
+    let mut sums = [0u64; 8];
+    for (stripe, key) in stripes.iter().zip(keys) {
+        let (data, key) = (words(stripe), words(key));
+        for lane in 0..8 {
+            let keyed = data[lane] ^ key[lane];
+            let product = (keyed & 0xffff_ffff).wrapping_mul(keyed >> 32);
+            lanes[lane] = lanes[lane].wrapping_add(product);
+            sums[lane] = sums[lane].wrapping_add(data[lane]);
+        }
+    }
+    std::array::from_fn(|lane| lanes[lane].wrapping_add(sums[lane ^ 1]))
+}
+
+/// The parts that are hashed in turn: blocks, each followed by scrambling, the stripes after them,
+/// and the last stripe.
+#[inline(always)]
+fn split(bytes: &[u8; PAGE_SIZE]) -> (&[[Stripe; STRIPES_PER_BLOCK]], &[Stripe], &Stripe) {
+    let (stripes, _) = bytes.as_chunks();
+    let (blocks, rest) = stripes[..STRIPES - 1].as_chunks();
+    (blocks, rest, &stripes[STRIPES - 1])
 }
 
 #[inline(always)]
-fn derived_secret(seed: u64) -> [u64; SECRET] {
-    let mut secret = DEFAULT_SECRET;
-    for pair in secret.as_chunks_mut::<2>().0 {
-        pair[0] = pair[0].wrapping_add(seed);
-        pair[1] = pair[1].wrapping_sub(seed);
-    }
-    secret
-}
-
-#[inline(always)]
-fn accumulate(lanes: &mut [u64; 8], stripe: &[u8; STRIPE], secret: impl Fn(usize) -> u64) {
-    let (words, _) = stripe.as_chunks::<8>();
-    let mut data = [0; 8];
-    for lane in 0..8 {
-        data[lane] = u64::from_le_bytes(words[lane]);
-    }
-    let mut next = [0; 8];
-    for lane in 0..8 {
-        let keyed = data[lane] ^ secret(lane);
-        let product = (keyed & 0xffff_ffff).wrapping_mul(keyed >> 32);
-        next[lane] = lanes[lane]
-            .wrapping_add(data[lane ^ 1])
-            .wrapping_add(product);
-    }
-    *lanes = next;
-}
-
-#[inline(always)]
-fn scramble(lanes: &mut [u64; 8], secret: &[u64; SECRET]) {
-    for lane in 0..8 {
-        let mixed = lanes[lane] ^ (lanes[lane] >> 47) ^ secret[SECRET - 8 + lane];
-        lanes[lane] = mixed.wrapping_mul(PRIME32_1);
-    }
-}
-
-#[inline(always)]
-fn merge(lanes: &[u64; 8], secret: &[u64; SECRET]) -> u64 {
+fn merge(lanes: &[u64; 8]) -> u64 {
+    let keys = words(&KEYS.merger);
     let mut hash = (PAGE_SIZE as u64).wrapping_mul(PRIME64_1);
-    for (index, pair) in lanes.as_chunks::<2>().0.iter().enumerate() {
-        let at = 11 + 16 * index;
-        let product = u128::from(pair[0] ^ unaligned(secret, at))
-            .wrapping_mul(u128::from(pair[1] ^ unaligned(secret, at + 8)));
+    for pair in 0..4 {
+        let [left, right] =
+            [2 * pair, 2 * pair + 1].map(|lane| u128::from(lanes[lane] ^ keys[lane]));
+        let product = left.wrapping_mul(right);
         hash = hash.wrapping_add(product as u64 ^ (product >> 64) as u64);
     }
     hash ^= hash >> 37;
@@ -242,39 +218,72 @@ fn merge(lanes: &[u64; 8], secret: &[u64; SECRET]) -> u64 {
     hash ^ (hash >> 32)
 }
 
-/// The 8 bytes at an odd byte offset of the secret.
 #[inline(always)]
-fn unaligned(secret: &[u64; SECRET], at: usize) -> u64 {
-    let (word, shift) = (at / 8, at % 8 * 8);
-    secret[word] >> shift | secret[word + 1] << (64 - shift)
+fn words(bytes: &Stripe) -> [u64; 8] {
+    let (words, _) = bytes.as_chunks();
+    std::array::from_fn(|lane| u64::from_le_bytes(words[lane]))
 }
 
-const fn default_secret() -> [u64; SECRET] {
-    let bytes = const_custom_default_secret(0);
-    let mut words = [0; SECRET];
-    let mut at = 0;
-    while at < SECRET * 8 {
-        words[at / 8] |= (bytes[at] as u64) << (at % 8 * 8);
-        at += 1;
+/// What is mixed in at each step: windows of the default secret, which overlap, laid out so that
+/// each can be loaded at once.
+#[repr(align(64))]
+struct Keys {
+    stripes: [Stripe; STRIPES_PER_BLOCK],
+    scrambler: Stripe,
+    last: Stripe,
+    merger: Stripe,
+    initial: Stripe,
+}
+
+static KEYS: Keys = Keys::new();
+
+impl Keys {
+    const fn new() -> Self {
+        let mut stripes = [[0; STRIPE]; STRIPES_PER_BLOCK];
+        let mut stripe = 0;
+        while stripe < STRIPES_PER_BLOCK {
+            stripes[stripe] = Self::window(stripe * 8);
+            stripe += 1;
+        }
+        let mut initial = [0; STRIPE];
+        let mut at = 0;
+        while at < STRIPE {
+            initial[at] = INITIAL[at / 8].to_le_bytes()[at % 8];
+            at += 1;
+        }
+        Self {
+            stripes,
+            scrambler: Self::window(SECRET - STRIPE),
+            last: Self::window(SECRET - STRIPE - 7),
+            merger: Self::window(11),
+            initial,
+        }
     }
-    words
+
+    const fn window(from: usize) -> Stripe {
+        let secret = const_custom_default_secret(0);
+        let mut window = [0; STRIPE];
+        let mut at = 0;
+        while at < STRIPE {
+            window[at] = secret[from + at];
+            at += 1;
+        }
+        window
+    }
 }
 
 const STRIPE: usize = 64;
+type Stripe = [u8; STRIPE];
 const STRIPES: usize = PAGE_SIZE / STRIPE;
-/// Words of the secret.
-const SECRET: usize = 24;
-const STRIPES_PER_BLOCK: usize = SECRET - 8;
-/// Where in the secret the words for scrambling are, and those for the last stripe, bytes.
-const SCRAMBLE_AT: usize = (SECRET - 8) * 8;
-const LAST_AT: usize = SCRAMBLE_AT - 7;
+/// Bytes of the secret.
+const SECRET: usize = 192;
+const STRIPES_PER_BLOCK: usize = (SECRET - STRIPE) / 8;
 /// Exchanges the halves of each pair of lanes.
 #[cfg(target_arch = "x86_64")]
 const SWAP: i32 = 0b01_00_11_10;
 const INITIAL: [u64; 8] = [
     PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1,
 ];
-const DEFAULT_SECRET: [u64; SECRET] = default_secret();
 const PRIME32_1: u64 = 0x9E37_79B1;
 const PRIME32_2: u64 = 0x85EB_CA77;
 const PRIME32_3: u64 = 0xC2B2_AE3D;
@@ -288,24 +297,24 @@ const PRIME64_5: u64 = 0x27D4_EB2F_1656_67C5;
 mod tests {
     use super::*;
     use proptest::prelude::*;
-    use xxhash_rust::xxh3::xxh3_64_with_seed;
+    use xxhash_rust::xxh3::xxh3_64;
 
     proptest! {
         #[test]
-        fn every_width_is_xxh3(content in proptest::collection::vec(any::<u8>(), PAGE_SIZE), seed: u64) {
-            let content: &[u8; PAGE_SIZE] = content[..].try_into().unwrap();
-            let expected = xxh3_64_with_seed(content, seed);
-            prop_assert_eq!(page_portable(content, seed), expected);
-            prop_assert_eq!(page(content, seed), expected);
+        fn every_width_is_xxh3(bytes in proptest::collection::vec(any::<u8>(), PAGE_SIZE), place: u64) {
+            let bytes: &[u8; PAGE_SIZE] = bytes[..].try_into().unwrap();
+            let expected = xxh3_64(bytes);
+            prop_assert_eq!(content_portable(bytes), expected);
+            prop_assert_eq!(page(bytes, place), xxh3_64_with_seed(&expected.to_le_bytes(), place));
             #[cfg(target_arch = "x86_64")]
             {
                 if std::arch::is_x86_feature_detected!("avx2") {
                     // SAFETY: the processor has AVX2.
-                    prop_assert_eq!(unsafe { page_avx2(content, seed) }, expected);
+                    prop_assert_eq!(unsafe { content_avx2(bytes) }, expected);
                 }
                 if std::arch::is_x86_feature_detected!("avx512f") {
                     // SAFETY: the processor has AVX-512F.
-                    prop_assert_eq!(unsafe { page_avx512(content, seed) }, expected);
+                    prop_assert_eq!(unsafe { content_avx512(bytes) }, expected);
                 }
             }
         }
