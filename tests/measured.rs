@@ -239,6 +239,28 @@ fn m6_a_stalled_destination_shows() {
     source.wait_beacons(5);
 }
 
+/// M6: while nobody answers, the time that `info migrate` shows goes on.
+#[test]
+fn m6_time_goes_on_while_nobody_answers() {
+    if !have(Hmpsh) {
+        return;
+    }
+    let mut source = machine(Hmpsh).start();
+    let mut dest = machine(Hmpsh).incoming("tcp:127.0.0.1:0").start();
+    let port = dest.port();
+    dest.signal(Signal::STOP);
+    source.quiet(&format!("migrate -d tcp:127.0.0.1:{port}"));
+    let waited = poll(LONG, || {
+        let state = source.command("info migrate");
+        assert!(state.contains("Migration status: setup"), "{state}");
+        (figure(&state, "total time: ")? > 1000).then_some(())
+    });
+    assert!(waited.is_some());
+    dest.signal(Signal::CONT);
+    source.wait_migration("completed");
+    dest.wait_status("running");
+}
+
 /// M7: figures stay after a cancel.
 #[test]
 fn m7_a_cancel_keeps_the_figures() {

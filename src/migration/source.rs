@@ -22,7 +22,7 @@ use super::ram::RamSave;
 use super::return_path::{HAIL, Message, REPLY, ReturnPath, SOUNDING, objection};
 use super::section::{Command, FULL, MAGIC, VERSION, put_footer, put_header};
 use super::stats::Board;
-use super::stream::Writer;
+use super::stream::{TICK, Writer};
 use super::switchover;
 use super::throttle::Throttle;
 use crate::vm::guest::{Guest, SavedSection};
@@ -307,14 +307,29 @@ impl<'a> Run<'a> {
     }
 
     fn hear(&mut self) -> Result<Message, Error> {
-        let (clock, channel) = (self.order.clock, self.writer.channel());
-        let heard = self.return_path.wait(channel, clock, PATIENCE);
+        let heard = self.hear_within(PATIENCE);
         let is_silent = matches!(heard, Err(Error::Channel(Fault::TimedOut)));
+        let channel = self.writer.channel();
         // While our own bytes are still on the line, silence is the line's fault.
         if is_silent && !channel.drain(Duration::ZERO) && channel.drain(PATIENCE) {
-            return self.return_path.wait(channel, clock, PATIENCE);
+            return self.hear_within(PATIENCE);
         }
         heard
+    }
+
+    /// Meanwhile the figures stay true.
+    fn hear_within(&mut self, patience: Duration) -> Result<Message, Error> {
+        let clock = self.order.clock;
+        let until = clock.now().saturating_add(patience);
+        loop {
+            let slice = until.saturating_sub(clock.now()).min(TICK);
+            let heard = self.return_path.wait(self.writer.channel(), clock, slice);
+            let is_silent = matches!(heard, Err(Error::Channel(Fault::TimedOut)));
+            if !is_silent || clock.now() >= until {
+                return heard;
+            }
+            self.writer.progress.tick(self.writer.sent());
+        }
     }
 
     fn has_return_path(&self) -> bool {

@@ -7,4 +7,4 @@ mod reader;
 mod writer;
 
 pub use reader::Reader;
-pub use writer::Writer;
+pub use writer::{TICK, Writer};

@@ -183,7 +183,7 @@ fn advance<'p, 'a>(mut rest: &'p mut [Out<'a>], mut taken: usize) -> &'p mut [Ou
 /// How long the peer may take no byte while memory moves.
 const PATIENCE: Duration = Duration::from_secs(30);
 /// How often the figures are brought up to date while nothing moves.
-const TICK: Duration = Duration::from_millis(200);
+pub const TICK: Duration = Duration::from_millis(200);
 /// Buffered small bytes that are worth a system call of their own.
 const SMALL_LIMIT: usize = 64 << 10;
 /// Pages per system call: as many as stay in the cache that hashing brought them into.
