@@ -85,9 +85,9 @@ fn skipped(what: &str, why: &str) -> bool {
         !required.split(',').any(|word| word == what),
         "HMPSH_REQUIRE={required}, but {why}"
     );
-    if let Ok(mut tty) = std::fs::OpenOptions::new().append(true).open("/dev/stderr") {
-        let _ = writeln!(tty, "skipped: {why}");
-    }
+    let test = std::thread::current().name().unwrap_or("test").to_owned();
+    let line = format!("{test}: skipped: {why}\n");
+    let _ = std::io::stderr().write_all(line.as_bytes());
     false
 }
 
