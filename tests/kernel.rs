@@ -217,11 +217,11 @@ fn files_that_are_no_pvh_kernel_are_refused() {
 fn a_kernel_that_is_not_there_is_named() {
     let setup = Setup::new(Hmpsh)
         .accel("none")
-        .kernel(Path::new("/nonexistent/kernel"));
+        .kernel(Path::new("/proc/self/none"));
     let (status, said) = setup.try_start().expect_err("there is no kernel");
     assert_eq!(status.code(), Some(1));
     assert!(
-        said.contains("could not open kernel file '/nonexistent/kernel': No such file"),
+        said.contains("could not open kernel file '/proc/self/none': No such file"),
         "{said}"
     );
 }

@@ -230,7 +230,9 @@ fn history_file() -> Option<PathBuf> {
             .map(PathBuf::from)
             .filter(|path| path.is_absolute())
     };
-    let state = from("XDG_STATE_HOME").or_else(|| Some(from("HOME")?.join(".local/state")))?;
+    // Who has no home (`/nonexistent`, as Debian's system users) is not given one.
+    let home = || from("HOME").filter(|home| home.is_dir());
+    let state = from("XDG_STATE_HOME").or_else(|| Some(home()?.join(".local/state")))?;
     let directory = state.join("hmpsh");
     fs::create_dir_all(&directory).ok()?;
     Some(directory.join("history"))

@@ -119,9 +119,9 @@ mod tests {
             let name = file.path().display();
             assert_eq!(error, format!("could not load PC BIOS '{name}': {reason}"));
         }
-        let error = read_firmware(Path::new("/nonexistent"))
+        let error = read_firmware(Path::new("/proc/self/none"))
             .unwrap_err()
             .to_string();
-        assert!(error.starts_with("could not load PC BIOS '/nonexistent': No such file"));
+        assert!(error.starts_with("could not load PC BIOS '/proc/self/none': No such file"));
     }
 }

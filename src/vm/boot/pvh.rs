@@ -393,12 +393,12 @@ mod tests {
                 .to_string();
             assert!(error.contains(text), "{error}");
         }
-        let error = Pvh::open(Path::new("/nonexistent"), None, "")
+        let error = Pvh::open(Path::new("/proc/self/none"), None, "")
             .err()
             .unwrap()
             .to_string();
         assert!(
-            error.starts_with("could not open kernel file '/nonexistent'"),
+            error.starts_with("could not open kernel file '/proc/self/none'"),
             "{error}"
         );
     }
