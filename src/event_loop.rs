@@ -20,8 +20,8 @@ pub fn run(poll: &Poll, is_over: impl Fn() -> bool) -> io::Result<()> {
     Ok(())
 }
 
-/// `SIGINT`, `SIGTERM` and `SIGHUP`, delivered through the registry. While it exists they do
-/// nothing else to the process.
+/// `SIGINT`, `SIGTERM`, `SIGHUP` and `SIGQUIT`, delivered through the registry. While it exists they
+/// do nothing else to the process.
 pub struct Signals {
     mailbox: Arc<Mutex<Mailbox>>,
     _registration: Registration,

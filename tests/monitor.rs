@@ -664,6 +664,30 @@ fn a_tcp_client_that_leaves_in_a_migration_is_noticed() {
     next.ask("migrate_cancel");
 }
 
+/// `getfd` names what was sent with it, and nothing that somebody else left behind.
+#[test]
+fn descriptors_nobody_asked_for_are_closed() {
+    let mut machine = Machine::start(&[]);
+    let (first, second) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    let hmp = &mut machine.vmm.hmp;
+    assert_eq!(hmp.command_with_fd("info name", first.as_fd()), "");
+    assert_eq!(hmp.command_with_fd("getfd mine", second.as_fd()), "");
+    assert_eq!(hmp.command("migrate fd:mine"), "");
+    assert_eq!(first.metadata().unwrap().len(), 0);
+    assert!(second.metadata().unwrap().len() > 0);
+    let connect = || {
+        let path = machine.dir.path().join("second");
+        poll(PATIENCE, || Hmp::connect(&path)).expect("a monitor on a socket")
+    };
+    let mut client = connect();
+    assert_eq!(client.command_with_fd("info name", first.as_fd()), "");
+    drop(client);
+    assert_eq!(
+        connect().command("getfd none"),
+        "Error: No file descriptor supplied via SCM_RIGHTS\n"
+    );
+}
+
 #[test]
 fn descriptors_come_over_a_unix_monitor() {
     let mut machine = Machine::start(&[]);

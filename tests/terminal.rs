@@ -86,6 +86,13 @@ impl Terminal {
         self.session.flush().expect("the terminal takes keys");
     }
 
+    /// Types what need not be text.
+    #[track_caller]
+    fn bytes(&mut self, bytes: &[u8]) {
+        let master = self.session.process().get_file_handle().unwrap();
+        rustix::io::write(master, bytes).expect("the terminal takes bytes");
+    }
+
     /// Types a line and returns the answer.
     #[track_caller]
     fn ask(&mut self, line: &str) -> String {
@@ -214,6 +221,16 @@ fn completes_names_and_values() {
 
 /// What scripts wait for stands there in one piece, and nothing hides in it.
 /// What is pasted or typed before the prompt is there is not lost, not even behind a ^C.
+#[test]
+fn what_is_no_utf8_costs_its_line_only() {
+    let mut terminal = Terminal::start(&[]);
+    terminal.bytes(b"info \xff");
+    terminal.wait("hmpsh: what was typed is not UTF-8");
+    terminal.prompt();
+    assert_eq!(terminal.ask("info name"), "");
+    terminal.quit();
+}
+
 #[test]
 fn lines_may_come_at_once() {
     let mut terminal = Terminal::start(&[]);
@@ -555,6 +572,11 @@ fn a_signal_leaves_the_terminal_as_it_was() {
 }
 
 #[test]
+fn sigquit_is_no_way_around_that() {
+    hmpsh_leaves_it_as_it_was(|_, pid, _| kill_process(pid, Signal::QUIT).unwrap());
+}
+
+#[test]
 fn quit_leaves_the_terminal_as_it_was() {
     hmpsh_leaves_it_as_it_was(|terminal, _, _| terminal.keys("quit\r"));
     hmpsh_leaves_it_as_it_was(|_, _, other| other.send("quit"));
@@ -605,6 +627,8 @@ impl Interpreter for Panics {
     }
 
     fn accept(&mut self, _: Vec<OwnedFd>) {}
+
+    fn disown(&mut self) {}
 
     fn history(&self) -> &History {
         &self.0

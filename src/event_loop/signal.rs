@@ -45,7 +45,7 @@ impl fmt::Display for Signal {
 }
 
 /// The signals that end the program.
-const TAKEN: [libc::c_int; 3] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP];
+const TAKEN: [libc::c_int; 4] = [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT];
 
 /// Where the handler writes; -1: nowhere.
 static WAKEUP: AtomicI32 = AtomicI32::new(-1);

@@ -350,5 +350,6 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// How often to sound at most.
 const MOST_SOUNDINGS: u32 = 3;
 const NOT_READING: &str = "The destination has not read on for 5 seconds";
-const NO_ANSWER: &str = "No answer from the destination within 5 seconds: it hangs, or it can not \
-                         answer; `migrate_set_capability return-path off` migrates without";
+const NO_ANSWER: &str = "No answer from the destination within 5 seconds: it hangs, is busy with \
+                         another migration, or can not answer; `migrate_set_capability return-path \
+                         off` migrates without";

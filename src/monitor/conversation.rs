@@ -97,6 +97,7 @@ impl<I: Interpreter> Conversation<I> {
     pub fn closed(&mut self) {
         self.is_open = false;
         self.readline.reset();
+        self.interpreter.disown();
         let kept = std::mem::take(&mut self.kept);
         if let State::Waiting(_) = self.state {
             self.state = State::Prompting;
@@ -353,6 +354,8 @@ mod tests {
         }
 
         fn accept(&mut self, _: Vec<OwnedFd>) {}
+
+        fn disown(&mut self) {}
 
         fn history(&self) -> &History {
             &self.history

@@ -6,7 +6,7 @@
 use nom::branch::alt;
 use nom::bytes::complete::{tag, take_while};
 use nom::character::complete::{anychar, digit1, hex_digit1, oct_digit0, one_of};
-use nom::combinator::{map, map_res, success};
+use nom::combinator::{cut, map, map_res, peek, success};
 use nom::sequence::{preceded, terminated};
 use nom::{IResult, Parser};
 
@@ -126,13 +126,19 @@ fn number(input: &str) -> Parsed<'_, i64> {
             _ => u64::from_str_radix(digits, radix),
         }
     };
-    let hexadecimal = map_res(preceded(alt((tag("0x"), tag("0X"))), hex_digit1), of(16));
+    // Once a digit of its base has come, there is no other base to try.
+    let hexadecimal = preceded(
+        alt((tag("0x"), tag("0X"))),
+        preceded(peek(hex_digit1), cut(map_res(hex_digit1, of(16)))),
+    );
     let octal = map_res(preceded(tag("0"), oct_digit0), of(8));
     let decimal = map_res(digit1, of(10));
     match alt((hexadecimal, octal, decimal)).parse(input) {
         // The bits of the unsigned value are kept, as in QEMU.
         Ok((rest, value)) => Ok((rest, value.cast_signed())),
-        Err(nom::Err::Error(Fault::Grammar)) => fail("number too large"),
+        Err(nom::Err::Error(Fault::Grammar) | nom::Err::Failure(Fault::Grammar)) => {
+            fail("number too large")
+        }
         Err(error) => Err(error),
     }
 }

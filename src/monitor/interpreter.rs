@@ -31,6 +31,9 @@ pub trait Interpreter: Send {
     /// Takes descriptors that came with the input.
     fn accept(&mut self, fds: Vec<OwnedFd>);
 
+    /// Closes descriptors that came and were not asked for: who sent them is gone.
+    fn disown(&mut self);
+
     /// The lines typed so far.
     fn history(&self) -> &History;
 
@@ -66,6 +69,10 @@ impl Interpreter for Session {
 
     fn accept(&mut self, fds: Vec<OwnedFd>) {
         Self::accept(self, fds);
+    }
+
+    fn disown(&mut self) {
+        Self::disown(self);
     }
 
     fn history(&self) -> &History {

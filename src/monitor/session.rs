@@ -132,10 +132,17 @@ impl Session {
         hint::hint(line, &context::Machine(&self.control))
     }
 
-    /// Keeps descriptors that arrived for `getfd`; beyond 64 they are closed.
+    /// Keeps descriptors that arrived for `getfd`. Those of an earlier message that nobody has
+    /// claimed are closed: `getfd` means what was sent with it.
     pub fn accept(&mut self, fds: Vec<OwnedFd>) {
-        self.arrived.extend(fds);
-        self.arrived.truncate(FD_LIMIT);
+        if !fds.is_empty() {
+            self.arrived = fds.into();
+        }
+    }
+
+    /// Closes descriptors that nobody has claimed.
+    pub fn disown(&mut self) {
+        self.arrived.clear();
     }
 
     /// The session's history.
@@ -207,9 +214,6 @@ pub(super) fn conclusion(snapshot: &Snapshot) -> String {
         _ => String::new(),
     }
 }
-
-/// Descriptors that may wait for `getfd`.
-const FD_LIMIT: usize = 64;
 
 #[cfg(test)]
 mod tests {

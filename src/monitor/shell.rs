@@ -144,6 +144,10 @@ impl<I: Interpreter + 'static> Shell<I> {
                 // A signal or a resized window: ask again.
                 Err(ReadlineError::Signal(_)) => (),
                 Err(_) if terminal::is_released() => return None,
+                // A byte that is no UTF-8 takes its line with it, and nothing else.
+                Err(ReadlineError::Io(error)) if error.kind() == io::ErrorKind::InvalidData => {
+                    say("hmpsh: what was typed is not UTF-8\n");
+                }
                 Err(error) => {
                     say(&format!("hmpsh: the terminal can not be read: {error}\n"));
                     return None;

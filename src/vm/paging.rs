@@ -21,7 +21,8 @@ pub(super) fn translate(
     read: &dyn Fn(u64, &mut [u8]) -> Option<()>,
 ) -> Option<u64> {
     if paging.cr0 & CR0_PG == 0 {
-        return Some(address & u64::from(u32::MAX));
+        // What no processor without paging can say; QEMU's answer.
+        return Some(address & REACH);
     }
     if paging.efer & EFER_LMA != 0 {
         let sign = address.cast_signed() >> 47;
@@ -86,6 +87,8 @@ fn word(at: u64, read: &dyn Fn(u64, &mut [u8]) -> Option<()>) -> Option<u64> {
     read(at, &mut bytes).map(|()| u64::from(u32::from_le_bytes(bytes)))
 }
 
+/// Physical addresses have 52 bits.
+const REACH: u64 = (1 << 52) - 1;
 const CR0_PG: u64 = 1 << 31;
 const CR4_PSE: u64 = 1 << 4;
 const CR4_PAE: u64 = 1 << 5;
@@ -125,6 +128,15 @@ mod tests {
         assert_eq!(
             Memory::new().translate(&Paging::default(), 0x1234_5678),
             Some(0x1234_5678)
+        );
+        // Nothing wraps: beyond memory there is none.
+        assert_eq!(
+            Memory::new().translate(&Paging::default(), 1 << 32),
+            Some(1 << 32)
+        );
+        assert_eq!(
+            Memory::new().translate(&Paging::default(), u64::MAX),
+            Some(0xf_ffff_ffff_ffff)
         );
     }
 

@@ -180,16 +180,16 @@ fn octal(value: u64) -> String {
     }
 }
 
-/// The lowest byte as a character constant.
+/// The lowest 32 bits as a character constant, whatever they are.
 fn character(value: u64) -> String {
-    let byte = (value & 0xff) as u8;
-    match byte {
-        b'\'' => r"'\''".to_owned(),
-        b'\\' => r"'\\'".to_owned(),
-        b'\n' => r"'\n'".to_owned(),
-        b'\r' => r"'\r'".to_owned(),
-        b' '..=b'~' => format!("'{}'", char::from(byte)),
-        _ => format!(r"'\x{byte:02x}'"),
+    let code = value as u32;
+    match u8::try_from(code) {
+        Ok(b'\'') => r"'\''".to_owned(),
+        Ok(b'\\') => r"'\\'".to_owned(),
+        Ok(b'\n') => r"'\n'".to_owned(),
+        Ok(b'\r') => r"'\r'".to_owned(),
+        Ok(byte @ b' '..=b'~') => format!("'{}'", char::from(byte)),
+        _ => format!(r"'\x{code:02x}'"),
     }
 }
 
