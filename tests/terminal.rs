@@ -219,8 +219,6 @@ fn completes_names_and_values() {
     terminal.quit();
 }
 
-/// What scripts wait for stands there in one piece, and nothing hides in it.
-/// What is pasted or typed before the prompt is there is not lost, not even behind a ^C.
 #[test]
 fn what_is_no_utf8_costs_its_line_only() {
     let mut terminal = Terminal::start(&[]);
@@ -231,6 +229,7 @@ fn what_is_no_utf8_costs_its_line_only() {
     terminal.quit();
 }
 
+/// What is pasted or typed before the prompt is there is not lost, not even behind a ^C.
 #[test]
 fn lines_may_come_at_once() {
     let mut terminal = Terminal::start(&[]);
@@ -243,6 +242,7 @@ fn lines_may_come_at_once() {
     terminal.quit();
 }
 
+/// What scripts wait for stands there in one piece, and nothing hides in it.
 #[test]
 fn hints_leave_the_prompt_alone() {
     let mut terminal = Terminal::spawn(hmpsh(&["-accel", "none"]).env("NO_COLOR", ""));

@@ -4,7 +4,6 @@ mod cuts;
 mod faults;
 mod flips;
 mod round_trip;
-mod speed;
 mod stock;
 
 use std::sync::{Arc, Mutex};

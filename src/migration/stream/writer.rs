@@ -186,7 +186,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 pub const TICK: Duration = Duration::from_millis(200);
 /// Buffered small bytes that are worth a system call of their own.
 const SMALL_LIMIT: usize = 64 << 10;
-/// Pages per system call: as many as stay in the cache that hashing brought them into.
+/// Pages per system call: as many as are still in the cache when they are hashed after it.
 const PAGE_LIMIT: usize = 128;
 
 #[cfg(test)]
