@@ -127,6 +127,41 @@ fn a_stale_page_is_a_fault() {
     assert!(wait_fault(&vm).starts_with("FAULT page 128 offset 0 "));
 }
 
+/// A guest saved between STI and HLT may get its wake-up before the HLT, as QEMU does not restore
+/// what holds it back; it must not sleep for ever.
+#[test]
+fn a_wake_up_just_before_the_halt_counts() {
+    if !require(Qemu7.needs()) {
+        return;
+    }
+    const STI_HLT_CLI: [u8; 3] = [0xfb, 0xf4, 0xfa];
+    const RIP: std::ops::Range<usize> = 16 * 16..17 * 16;
+    let image = hmpsh::vm::boot::builtin::image("window=1M", 64 << 20).unwrap();
+    let rest = image.windows(3).position(|code| code == STI_HLT_CLI);
+    let halt = 0xf0000 + rest.expect("the guest rests") as u64 + 1;
+    let rip = |address: u64| -> String {
+        let bytes = address.to_le_bytes();
+        bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+    };
+    let (vm, gdb) = with_gdb("window=1M");
+    vm.wait_beacons(2);
+    let moved_back = poll(Duration::from_secs(20), || {
+        let mut done = false;
+        gdb.requests(|ask| {
+            // All registers, of which the seventeenth is RIP.
+            let registers = ask("g");
+            if registers[RIP] == rip(halt + 1) {
+                let before = [&registers[..RIP.start], &rip(halt), &registers[RIP.end..]];
+                assert_eq!(ask(&format!("G{}", before.concat())), "OK");
+                done = true;
+            }
+        });
+        done.then_some(())
+    });
+    moved_back.expect("the guest rests");
+    vm.wait_beacons(5);
+}
+
 #[test]
 fn answers_what_comes_in_on_com1() {
     if !require(Qemu7.needs()) {

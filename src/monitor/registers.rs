@@ -129,7 +129,8 @@ fn write(text: &mut String, registers: &Registers) -> std::fmt::Result {
         .collect();
     writeln!(
         text,
-        "[{flags}] CPL={cpl} II=0 A20=1 SMM=0 HLT={}",
+        "[{flags}] CPL={cpl} II={} A20=1 SMM=0 HLT={}",
+        u8::from(registers.inhibited),
         u8::from(registers.halted)
     )?;
     for (name, segment) in segments(registers) {

@@ -212,6 +212,11 @@ impl CpuState {
     pub(super) fn is_halted(&self) -> bool {
         self.mp_state == MP_STATE_HALTED
     }
+
+    /// Whether interrupts wait for the end of the next instruction (after STI or a load of SS).
+    pub(super) fn is_in_interrupt_shadow(&self) -> bool {
+        self.hflags & HF_INHIBIT_IRQ != 0
+    }
 }
 
 impl VmState for CpuState {

@@ -81,6 +81,8 @@ pub struct Registers {
     pub debug: kvm_bindings::kvm_debugregs,
     /// Whether the vCPU rests in HLT.
     pub halted: bool,
+    /// Whether interrupts wait for the end of the next instruction.
+    pub inhibited: bool,
 }
 
 impl Machine {
@@ -174,6 +176,7 @@ impl Machine {
             fpu: state.to_fpu(),
             debug: state.to_debug(),
             halted: state.is_halted(),
+            inhibited: state.is_in_interrupt_shadow(),
         })
     }
 

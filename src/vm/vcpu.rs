@@ -112,14 +112,16 @@ impl Vcpu {
         }
     }
 
-    /// Tells the guest to rest; [`Self::wait`] waits until it does.
-    pub(super) fn pause(&self) {
+    /// Tells the guest to rest; [`Self::wait`] waits until it does. Returns whether it ran.
+    pub(super) fn pause(&self) -> bool {
         let mut inner = self.shared.lock();
-        if inner.wanted == Wanted::Run {
+        let ran = inner.wanted == Wanted::Run;
+        if ran {
             inner.wanted = Wanted::Rest;
             drop(inner);
             self.kick();
         }
+        ran
     }
 
     /// Waits until the vCPU rests, its pending I/O completed.

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
@@ -159,12 +160,11 @@ impl KvmAccel {
 
     /// Brings every vCPU to rest, and the guest's clock.
     pub(in crate::vm) fn stop(&self) -> Result<(), Error> {
-        for vcpu in &self.vcpus {
-            vcpu.pause();
-        }
+        let ran: Vec<_> = self.vcpus.iter().filter(|vcpu| vcpu.pause()).collect();
         for vcpu in &self.vcpus {
             vcpu.wait();
         }
+        leave_interrupt_shadows(ran);
         let mut clock = lock(&self.clock);
         if clock.is_none() {
             *clock = Some(self.read_clock()?);
@@ -254,6 +254,26 @@ impl KvmAccel {
 
     fn read_clock(&self) -> Result<KvmClock, Error> {
         call("KVM_GET_CLOCK", self.vm.fd().get_clock()).map(|data| KvmClock::at(data.clock))
+    }
+}
+
+/// Lets a vCPU that came to rest in an interrupt shadow, between STI and the instruction after it,
+/// run on for a moment. QEMU's stream has the shadow, but QEMU does not hand it to KVM: a guest
+/// saved between STI and HLT would take its wake-up before the HLT, and sleep for ever.
+fn leave_interrupt_shadows(mut stopped: Vec<&Vcpu>) {
+    for _ in 0..SHADOW_TRIES {
+        // A vCPU that can not be asked says so when its state is read.
+        stopped.retain(|vcpu| vcpu.with(|fd| transfer::in_shadow(fd)).unwrap_or(false));
+        if stopped.is_empty() {
+            return;
+        }
+        stopped.iter().for_each(|vcpu| vcpu.resume());
+        std::thread::sleep(SHADOW_MOMENT);
+        stopped.retain(|vcpu| {
+            let ran = vcpu.pause();
+            vcpu.wait();
+            ran
+        });
     }
 }
 
@@ -353,6 +373,9 @@ fn call<T>(what: &str, result: Result<T, kvm_ioctls::Error>) -> Result<T, Error>
 /// Where KVM keeps its own pages, as QEMU places them.
 const IDENTITY_MAP: u64 = 0xfeff_c000;
 const TSS: usize = 0xfeff_d000;
+/// How long, and how often, a vCPU is let run on to leave an interrupt shadow.
+const SHADOW_MOMENT: Duration = Duration::from_micros(50);
+const SHADOW_TRIES: u32 = 32;
 /// Machine-check capabilities: a control register, software recovery.
 const MCG_CTL: u64 = 1 << 8;
 const MCG_SER: u64 = 1 << 24;

@@ -9,9 +9,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
 use kvm_bindings::{
-    KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW, KVM_VCPUEVENT_VALID_SIPI_VECTOR,
-    KVM_VCPUEVENT_VALID_TRIPLE_FAULT, KVM_X86_SHADOW_INT_STI, Msrs, kvm_debugregs, kvm_mp_state,
-    kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
+    KVM_MP_STATE_RUNNABLE, KVM_VCPUEVENT_VALID_NMI_PENDING, KVM_VCPUEVENT_VALID_SHADOW,
+    KVM_VCPUEVENT_VALID_SIPI_VECTOR, KVM_VCPUEVENT_VALID_TRIPLE_FAULT, KVM_X86_SHADOW_INT_STI,
+    Msrs, kvm_debugregs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
+    kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -59,6 +60,13 @@ pub(in crate::vm) fn read(vcpu: &VcpuFd, features: &Features) -> Result<(CpuStat
     let apic = Apic::from_kvm(&call("KVM_GET_LAPIC", vcpu.get_lapic())?, sregs.apic_base);
     state.read_debug(&call("KVM_GET_DEBUGREGS", vcpu.get_debug_regs())?);
     Ok((state, apic))
+}
+
+/// Whether the vCPU is about to run an instruction that no interrupt may precede.
+pub(in crate::vm) fn in_shadow(vcpu: &VcpuFd) -> Result<bool, Error> {
+    let events = call("KVM_GET_VCPU_EVENTS", vcpu.get_vcpu_events())?;
+    let mp_state = call("KVM_GET_MP_STATE", vcpu.get_mp_state())?.mp_state;
+    Ok(events.interrupt.shadow != 0 && mp_state == KVM_MP_STATE_RUNNABLE)
 }
 
 /// Writes a local APIC: base first (it decides the mode), then the registers.

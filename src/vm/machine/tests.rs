@@ -39,6 +39,8 @@ const PVH_KERNEL: &[u8] = &[
     0x73, 0x18, 0x8a, 0x06, 0xee, 0xff, 0x05, 0x00, 0x00, 0x20, 0x00, 0xa0, 0x00, 0x00, 0x20, 0x00,
     0x04, 0x30, 0xee, 0xeb, 0xfe,
 ];
+/// CLI, STI, NOP, over and over: in the interrupt shadow of STI for a good part of its time.
+const SHADOWS: &[u8] = &[0xfa, 0xfb, 0x90, 0xeb, 0xfb];
 /// Jumps to 0x90000.
 const ASTRAY: &[u8] = &[0xea, 0x00, 0x00, 0x00, 0x90];
 /// Jumps to the image's first byte, from the reset vector 16 bytes before its end.
@@ -608,6 +610,26 @@ fn impossible_machines_are_refused() {
         ..good
     });
     assert_eq!(error, "unable to find CPU model 'Nehalem'");
+}
+
+/// QEMU does not hand the shadow of STI to KVM, so no guest is left standing in it.
+#[test]
+fn a_vcpu_does_not_come_to_rest_in_an_interrupt_shadow() {
+    if !has_kvm() {
+        return;
+    }
+    let bios = image(SHADOWS);
+    let machine = Bench::new(&config(bios.path().to_owned()), false).machine;
+    machine.start().unwrap();
+    let mut seen = 0;
+    for _ in 0..50 {
+        std::thread::sleep(Duration::from_millis(1));
+        seen += u32::from(machine.registers(0).unwrap().inhibited);
+        machine.pause().unwrap();
+        assert!(!machine.registers(0).unwrap().inhibited);
+        machine.start().unwrap();
+    }
+    assert!(seen > 0, "the guest was never in a shadow, running");
 }
 
 /// Whoever asks for the state of a vCPU whose thread broke down gets an error, and waits for
