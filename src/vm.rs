@@ -16,3 +16,4 @@ mod page_bits;
 mod paging;
 pub mod run_state;
 mod vcpu;
+pub mod virtual_memory;

@@ -5,6 +5,7 @@ use crate::chardev::Ringbuf;
 use crate::vm::guest::Guest;
 use crate::vm::machine::{MapEntry, Registers};
 use crate::vm::memory::PAGE_SIZE;
+use crate::vm::virtual_memory::VirtualMemory;
 
 /// `info cpus`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -96,25 +97,9 @@ impl Control {
         self.machine().read_physical(address, to)
     }
 
-    /// Reads memory as that vCPU sees it; `Err` holds the first address that can not be read.
-    pub fn read_virtual(&self, cpu: usize, address: u64, to: &mut [u8]) -> Result<(), u64> {
-        let machine = self.machine();
-        let mut at = address;
-        let mut rest = to;
-        while !rest.is_empty() {
-            let in_page = PAGE_SIZE - (at as usize & (PAGE_SIZE - 1));
-            let (now, later) = rest.split_at_mut(in_page.min(rest.len()));
-            let physical = machine.translate(cpu, at).ok_or(at)?;
-            machine.read_physical(physical, now).map_err(|_| at)?;
-            at = at.wrapping_add(now.len() as u64);
-            rest = later;
-        }
-        Ok(())
-    }
-
-    /// Guest-virtual to guest-physical.
-    pub fn translate(&self, cpu: usize, address: u64) -> Option<u64> {
-        self.machine().translate(cpu, address)
+    /// Memory as that vCPU sees it now.
+    pub fn virtual_memory(&self, cpu: usize) -> Result<VirtualMemory, Error> {
+        Ok(self.machine().virtual_memory(cpu)?)
     }
 
     /// Host address and region name of guest-physical RAM.

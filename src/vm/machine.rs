@@ -22,9 +22,10 @@ use super::dirty::MachineLog;
 use super::guest::Error;
 use super::map::Map;
 use super::memory::{Backing, RamBlock};
-use super::paging::{self, Paging};
+use super::paging::Paging;
 use super::run_state::RunState;
 use super::vcpu::Reporter;
+use super::virtual_memory::VirtualMemory;
 use crate::chardev::Chardev;
 use crate::config::MachineConfig;
 use crate::event::Event;
@@ -185,16 +186,16 @@ impl Machine {
         self.map.read(address, to)
     }
 
-    /// Guest-virtual to guest-physical by that vCPU's page tables.
-    pub fn translate(&self, cpu: usize, address: u64) -> Option<u64> {
-        let sregs = self.registers(cpu).ok()?.sregs;
+    /// Memory as that vCPU sees it; a running guest is interrupted for its registers.
+    pub fn virtual_memory(self: &Arc<Self>, cpu: usize) -> Result<VirtualMemory, Error> {
+        let sregs = self.registers(cpu)?.sregs;
         let paging = Paging {
             cr0: sregs.cr0,
             cr3: sregs.cr3,
             cr4: sregs.cr4,
             efer: sregs.efer,
         };
-        paging::translate(&paging, address, &|at, to| self.map.read(at, to).ok())
+        Ok(VirtualMemory::new(Arc::clone(self), paging))
     }
 
     /// Host address of guest-physical RAM, and the RAM block and offset it belongs to.

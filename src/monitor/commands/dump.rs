@@ -2,21 +2,21 @@
 
 mod instruction;
 
-use crate::control::Control;
 use crate::monitor::args::{Args, Format, Style};
 use crate::monitor::session::{Error, Session};
 
 /// `x/fmt addr`.
 pub(crate) fn x(session: &mut Session, args: &Args) -> Result<(), Error> {
-    let cpu = session.cpu;
-    dump(session, args, |control, address, bytes| {
-        control.read_virtual(cpu, address, bytes).is_ok()
+    let memory = session.control.virtual_memory(session.cpu)?;
+    dump(session, args, |address, bytes| {
+        memory.read(address, bytes).is_ok()
     })
 }
 
 /// `xp/fmt addr`.
 pub(crate) fn xp(session: &mut Session, args: &Args) -> Result<(), Error> {
-    dump(session, args, |control, address, bytes| {
+    let control = session.control.clone();
+    dump(session, args, |address, bytes| {
         control.read_physical(address, bytes).is_ok()
     })
 }
@@ -32,7 +32,7 @@ pub(crate) fn print(session: &mut Session, args: &Args) -> Result<(), Error> {
 fn dump(
     session: &mut Session,
     args: &Args,
-    read: impl Fn(&Control, u64, &mut [u8]) -> bool,
+    read: impl Fn(u64, &mut [u8]) -> bool,
 ) -> Result<(), Error> {
     let format = args.format("fmt")?;
     let mut address = args.int("addr")?.cast_unsigned();
@@ -50,7 +50,7 @@ fn dump(
         let part = left.min(layout.row as u64);
         // At most the 16 bytes of a row.
         let row = &mut bytes[..part as usize];
-        if !read(&session.control, address, row) {
+        if !read(address, row) {
             session.print(&format!("{address:016x}: Cannot access memory\n"));
             return Ok(());
         }
@@ -67,7 +67,7 @@ fn instructions(
     session: &mut Session,
     mut address: u64,
     count: u32,
-    read: impl Fn(&Control, u64, &mut [u8]) -> bool,
+    read: impl Fn(u64, &mut [u8]) -> bool,
 ) -> Result<(), Error> {
     if count > MOST_INSTRUCTIONS {
         let text =
@@ -85,7 +85,7 @@ fn instructions(
         // Memory may end within the longest instruction, but behind this one.
         let readable = (1..=bytes.len())
             .rev()
-            .find(|length| read(&session.control, address, &mut bytes[..*length]));
+            .find(|length| read(address, &mut bytes[..*length]));
         let Some(length) = readable else {
             session.print(&format!("0x{address:08x}: unable to read memory\n"));
             return Ok(());

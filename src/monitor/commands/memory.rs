@@ -43,10 +43,8 @@ pub(crate) fn info_memory_size_summary(session: &mut Session, _: &Args) -> Resul
 
 /// `memsave addr size file`.
 pub(crate) fn memsave(session: &mut Session, args: &Args) -> Result<(), Error> {
-    let (control, cpu) = (session.control.clone(), session.cpu);
-    save(args, |address, bytes| {
-        control.read_virtual(cpu, address, bytes)
-    })
+    let memory = session.control.virtual_memory(session.cpu)?;
+    save(args, |address, bytes| memory.read(address, bytes))
 }
 
 /// `pmemsave addr size file`.
@@ -99,7 +97,8 @@ pub(crate) fn gpa2hva(session: &mut Session, args: &Args) -> Result<(), Error> {
 /// `gva2gpa addr`.
 pub(crate) fn gva2gpa(session: &mut Session, args: &Args) -> Result<(), Error> {
     let address = args.int("addr")?.cast_unsigned();
-    let text = match session.control.translate(session.cpu, address) {
+    let memory = session.control.virtual_memory(session.cpu)?;
+    let text = match memory.translate(address) {
         Some(physical) => format!("gpa: {}\n", hexadecimal(physical)),
         None => "Unmapped\n".to_owned(),
     };

@@ -534,7 +534,10 @@ fn ports_map_and_addresses() {
     let (host, block, offset) = machine.host_address((1 << 32) + 5).unwrap();
     assert_eq!((block.name(), offset), ("microvm.ram", 0xc000_0005));
     assert_eq!(host, block.host() as usize + 0xc000_0005);
-    assert_eq!(machine.translate(0, 0x1234), Some(0x1234));
+    assert_eq!(
+        machine.virtual_memory(0).unwrap().translate(0x1234),
+        Some(0x1234)
+    );
     let mut code = [0; 2];
     machine.read_physical(0xffff_0000, &mut code).unwrap();
     assert_eq!(code, [0x31, 0xc0]);

@@ -109,9 +109,21 @@ fn the_builtin_guest_moves_with_two_vcpus_and_memory_above_four_gib() {
     // Long mode: both ways to translate agree.
     bench.machine.stop(RunState::Paused).unwrap();
     let rip = bench.machine.registers(0).unwrap().regs.rip;
-    let physical = bench.machine.translate(0, rip).unwrap();
+    let physical = bench
+        .machine
+        .virtual_memory(0)
+        .unwrap()
+        .translate(rip)
+        .unwrap();
     assert!(bench.machine.host_address(physical).is_some());
-    assert_eq!(bench.machine.translate(0, 0x7fff_ffff_f000), None);
+    assert_eq!(
+        bench
+            .machine
+            .virtual_memory(0)
+            .unwrap()
+            .translate(0x7fff_ffff_f000),
+        None
+    );
 }
 
 #[test]
