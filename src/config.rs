@@ -57,6 +57,8 @@ pub struct MachineConfig {
     pub append: String,
     /// Chardev id of COM1; `None`: no serial device and no serial section.
     pub serial: Option<String>,
+    /// `-M pic=on`: two 8259A.
+    pub pic: bool,
     /// `-M memory-backend=ID`: names and backs the main RAM block.
     pub memory_backend: Option<MemoryBackend>,
 }

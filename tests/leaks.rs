@@ -24,6 +24,7 @@ fn config(accel: Accel, kind: BackendKind) -> MachineConfig {
         boot: Boot::Builtin,
         append: "window=1M smp=4".to_owned(),
         serial: None,
+        pic: false,
         memory_backend: Some(MemoryBackend {
             id: "mem0".to_owned(),
             size: 16 << 20,

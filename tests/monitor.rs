@@ -970,8 +970,8 @@ fn bad_command_lines_are_refused_in_one_line() {
             "-M microvm,acpi=on: acpi=on: not built in this version",
         ),
         (
-            &["-M", "microvm,pic=on"],
-            "-M microvm,pic=on: pic=on: not built in this version",
+            &["-M", "microvm,rtc=on"],
+            "-M microvm,rtc=on: rtc=on: not built in this version",
         ),
         (
             &["-incoming", "foo:bar"],

@@ -16,19 +16,23 @@ use common::vmm::{Program, Setup, Vmm};
 struct Shape {
     vcpus: u32,
     irqchip: &'static str,
+    /// Further properties of `-M`, each with a comma in front.
+    properties: &'static str,
 }
 
 const PLAIN: Shape = Shape {
     vcpus: 1,
     irqchip: "on",
+    properties: "",
 };
 const SPLIT: Shape = Shape {
-    vcpus: 1,
     irqchip: "split",
+    ..PLAIN
 };
-const TWO_VCPUS: Shape = Shape {
-    vcpus: 2,
-    irqchip: "on",
+const TWO_VCPUS: Shape = Shape { vcpus: 2, ..PLAIN };
+const PIC: Shape = Shape {
+    properties: ",pic=on",
+    ..PLAIN
 };
 
 impl Shape {
@@ -36,6 +40,7 @@ impl Shape {
         Setup::new(program)
             .vcpus(self.vcpus)
             .irqchip(self.irqchip)
+            .machine(self.properties)
             .append("window=4M")
     }
 }
@@ -118,6 +123,23 @@ fn to_and_fro(from: Program, to: Program, shape: Shape, options: &[&str]) {
     goes_on(&[&a, &b, &c]);
 }
 
+/// The guest masked both interrupt controllers when it booted; a QEMU that was not told would have
+/// them at reset, with nothing masked.
+fn masks_arrive(to: Program) {
+    if !have(&[Hmpsh, to]) {
+        return;
+    }
+    let mut source = PIC.setup(Hmpsh).start();
+    source.wait_beacons(5);
+    let mut dest = PIC.setup(to).incoming("tcp:127.0.0.1:0").start();
+    let port = dest.port();
+    migrate(&mut source, &format!("tcp:127.0.0.1:{port}"));
+    dest.wait_status("running");
+    let state = dest.command("info pic");
+    assert_eq!(state.matches("imr=ff").count(), 2, "{state}");
+    goes_on(&[&source, &dest]);
+}
+
 /// Moves a running guest over a unix socket; what a paused destination holds is what the source
 /// had.
 fn over_unix(from: Program, to: Program) {
@@ -172,6 +194,10 @@ cells! {
         to_and_fro(Qemu7, Hmpsh, PLAIN, &["migrate_set_capability return-path on"]);
     live_from_10_0_with_return_path:
         to_and_fro(Qemu10, Hmpsh, PLAIN, &["migrate_set_capability return-path on"]);
+    live_to_7_2_and_back_with_pic: to_and_fro(Hmpsh, Qemu7, PIC, &[]);
+    live_from_10_0_with_pic: to_and_fro(Qemu10, Hmpsh, PIC, &[]);
+    masks_arrive_at_7_2: masks_arrive(Qemu7);
+    masks_arrive_at_10_0: masks_arrive(Qemu10);
     over_unix_to_7_2: over_unix(Hmpsh, Qemu7);
     over_unix_to_10_0: over_unix(Hmpsh, Qemu10);
     over_unix_from_7_2: over_unix(Qemu7, Hmpsh);

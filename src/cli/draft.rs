@@ -55,6 +55,7 @@ pub(super) struct Machine {
     /// Whether `-M` was given without `acpi=`.
     pub(super) implies_acpi_off: bool,
     pub(super) no_isa_serial: bool,
+    pub(super) pic: bool,
     pub(super) memory_backend: Option<String>,
 }
 
@@ -100,6 +101,7 @@ impl Draft {
                 boot,
                 append: self.append.unwrap_or_default(),
                 serial,
+                pic: self.machine.pic,
                 memory_backend,
             },
             name: self.name,

@@ -62,7 +62,10 @@ pub(super) fn machine(draft: &mut Draft, value: &str) -> Answer {
             return Err("acpi=on: not built in this version".to_owned());
         }
     }
-    for name in ["pic", "pit", "rtc"] {
+    if let Some(value) = list.take("pic") {
+        machine.pic = is_on("pic", &value)?;
+    }
+    for name in ["pit", "rtc"] {
         if let Some(value) = list.take(name)
             && is_on(name, &value)?
         {

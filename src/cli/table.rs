@@ -66,8 +66,8 @@ pub(super) const OPTIONS: &[Row] = &[
         "microvm[,prop=value...]",
         "choose the machine and its properties",
         "There is one machine, microvm. Properties: acpi=off (implied; on is not built), \
-         pic, pit and rtc=off|auto (on is not built), isa-serial=on|off, \
-         kernel-irqchip=on|split (both are realised in the kernel; the migration stream is the \
+         pic=on|off (auto, the default, is off), pit and rtc=off|auto (on is not built), \
+         isa-serial=on|off, kernel-irqchip=on|split (both are realised in the kernel; the migration stream is the \
          same), memory-backend=ID, auto-kernel-cmdline=on|off, accel=kvm|none.",
         machine::machine,
     ),

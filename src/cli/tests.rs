@@ -71,6 +71,7 @@ fn machine_options_reach_the_machine() {
     ] {
         assert_eq!(config(line).machine, config("").machine, "{line}");
     }
+    assert!(config("-M microvm,pic=on").machine.pic);
     let machine = config(
         "-M microvm,accel=none -cpu host -m 1.5G -smp cpus=4 \
                           -uuid 00112233-4455-6677-8899-aabbccddeeff -append window=64M",
@@ -434,7 +435,7 @@ fn what_is_not_built_is_refused_by_name() {
         ("inspect file", "inspect"),
         ("disk.img", "disk.img: disk images"),
         ("-M microvm,acpi=on", "-M microvm,acpi=on: acpi=on"),
-        ("-M microvm,pic=on", "-M microvm,pic=on: pic=on"),
+        ("-M microvm,rtc=on", "-M microvm,rtc=on: rtc=on"),
         (
             "-M microvm,kernel-irqchip=off",
             "-M microvm,kernel-irqchip=off: kernel-irqchip=off",

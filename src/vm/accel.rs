@@ -14,6 +14,7 @@ use kvm_ioctls::Kvm;
 pub(super) use self::kvm_accel::{Bare, KvmAccel};
 use super::cpu_state::CpuState;
 use super::device::apic::Apic;
+use super::device::i8259::{CHIPS, Pic};
 use super::device::ioapic::IoApic;
 use super::device::kvmclock::KvmClock;
 use super::guest::Error;
@@ -26,6 +27,8 @@ pub(super) struct State {
     pub(super) cpus: Vec<(CpuState, Apic)>,
     /// The I/O APIC.
     pub(super) ioapic: IoApic,
+    /// Master and slave PIC, if the machine has them.
+    pub(super) pics: Vec<Pic>,
     /// The paravirtual clock.
     pub(super) clock: KvmClock,
 }
@@ -37,6 +40,8 @@ pub(super) struct Update {
     pub(super) cpus: Vec<(Option<CpuState>, Option<Apic>)>,
     /// The I/O APIC.
     pub(super) ioapic: Option<IoApic>,
+    /// Master and slave PIC.
+    pub(super) pics: [Option<Pic>; CHIPS],
     /// The paravirtual clock.
     pub(super) clock: Option<KvmClock>,
 }
@@ -51,13 +56,14 @@ pub(super) enum Accel {
 
 impl State {
     /// A machine of `vcpus` at reset, as far as no KVM says better.
-    pub(super) fn at_reset(vcpus: usize) -> Self {
+    pub(super) fn at_reset(vcpus: usize, has_pic: bool) -> Self {
         let cpus = (0..vcpus)
             .map(|n| (CpuState::at_reset(n), Apic::at_reset(n)))
             .collect();
         Self {
             cpus,
             ioapic: IoApic::default(),
+            pics: vec![Pic::default(); if has_pic { CHIPS } else { 0 }],
             clock: KvmClock::at(0),
         }
     }
@@ -71,6 +77,7 @@ impl State {
                 .map(|(cpu, apic)| (Some(cpu), Some(apic)))
                 .collect(),
             ioapic: Some(self.ioapic),
+            pics: pair(self.pics),
             clock: None,
         }
     }
@@ -87,6 +94,11 @@ impl State {
         if let Some(new) = update.ioapic {
             self.ioapic = new;
         }
+        for (pic, new) in self.pics.iter_mut().zip(update.pics) {
+            if let Some(new) = new {
+                *pic = new;
+            }
+        }
         if let Some(new) = update.clock {
             self.clock = new;
         }
@@ -95,8 +107,8 @@ impl State {
 
 impl Accel {
     /// Nothing, at reset.
-    pub(super) fn absent(vcpus: usize) -> Self {
-        Self::Absent(Box::new(Mutex::new(State::at_reset(vcpus))))
+    pub(super) fn absent(vcpus: usize, has_pic: bool) -> Self {
+        Self::Absent(Box::new(Mutex::new(State::at_reset(vcpus, has_pic))))
     }
 
     /// KVM, if there is any.
@@ -119,7 +131,10 @@ impl Accel {
     pub(super) fn reset_state(&self) -> State {
         match self {
             Self::Kvm(kvm) => kvm.reset_state(),
-            Self::Absent(state) => State::at_reset(lock(state).cpus.len()),
+            Self::Absent(state) => {
+                let state = lock(state);
+                State::at_reset(state.cpus.len(), !state.pics.is_empty())
+            }
         }
     }
 
@@ -145,6 +160,12 @@ impl Accel {
                 .ok_or_else(|| no_vcpu(index)),
         }
     }
+}
+
+/// Both chips, or none.
+fn pair(pics: Vec<Pic>) -> [Option<Pic>; CHIPS] {
+    let mut pics = pics.into_iter();
+    std::array::from_fn(|_| pics.next())
 }
 
 fn no_vcpu(index: usize) -> Error {

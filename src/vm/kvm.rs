@@ -13,14 +13,16 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_dirty_log, kvm_irqchip, kvm_run,
-    kvm_userspace_memory_region, kvm_xsave,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES,
+    KVMIO, kvm_dirty_log, kvm_irqchip, kvm_pic_state, kvm_run, kvm_userspace_memory_region,
+    kvm_xsave,
 };
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
 use vmm_sys_util::ioctl::{ioctl_with_mut_ref, ioctl_with_ref};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use vmm_sys_util::{ioctl_ior_nr, ioctl_iow_nr};
 
+use super::device::i8259::{CHIPS, ELCR_MASKS, Pic};
 use super::device::ioapic::{BASE as IOAPIC_BASE, IoApic};
 use super::memory::RamBlock;
 
@@ -148,7 +150,65 @@ impl Vm {
         chip.chip.ioapic = state;
         self.fd.set_irqchip(&chip).map_err(io::Error::from)
     }
+
+    /// State of one of the two PIC chips, 0 the master.
+    pub(super) fn pic(&self, index: usize) -> io::Result<Pic> {
+        let mut chip = kvm_irqchip {
+            chip_id: PIC_IDS[index],
+            ..Default::default()
+        };
+        self.fd.get_irqchip(&mut chip)?;
+        // SAFETY: for these chips KVM fills the pic member, which is plain integers.
+        let state = unsafe { chip.chip.pic };
+        Ok(Pic {
+            last_irr: state.last_irr,
+            irr: state.irr,
+            imr: state.imr,
+            isr: state.isr,
+            priority_add: state.priority_add,
+            irq_base: state.irq_base,
+            read_reg_select: state.read_reg_select,
+            poll: state.poll,
+            special_mask: state.special_mask,
+            init_state: state.init_state,
+            auto_eoi: state.auto_eoi,
+            rotate_on_auto_eoi: state.rotate_on_auto_eoi,
+            special_fully_nested_mode: state.special_fully_nested_mode,
+            init4: state.init4,
+            elcr: state.elcr,
+        })
+    }
+
+    /// Replaces the state of one of the two PIC chips.
+    pub(super) fn set_pic(&self, index: usize, pic: &Pic) -> io::Result<()> {
+        let mut chip = kvm_irqchip {
+            chip_id: PIC_IDS[index],
+            ..Default::default()
+        };
+        chip.chip.pic = kvm_pic_state {
+            last_irr: pic.last_irr,
+            irr: pic.irr,
+            imr: pic.imr,
+            isr: pic.isr,
+            priority_add: pic.priority_add,
+            irq_base: pic.irq_base,
+            read_reg_select: pic.read_reg_select,
+            poll: pic.poll,
+            special_mask: pic.special_mask,
+            init_state: pic.init_state,
+            auto_eoi: pic.auto_eoi,
+            rotate_on_auto_eoi: pic.rotate_on_auto_eoi,
+            special_fully_nested_mode: pic.special_fully_nested_mode,
+            init4: pic.init4,
+            elcr: pic.elcr,
+            elcr_mask: ELCR_MASKS[index],
+        };
+        self.fd.set_irqchip(&chip).map_err(io::Error::from)
+    }
 }
+
+/// Chip ids of master and slave.
+const PIC_IDS: [u32; CHIPS] = [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE];
 
 /// Machine-check capabilities KVM can offer.
 pub(super) fn supported_mce(kvm: &Kvm) -> io::Result<u64> {

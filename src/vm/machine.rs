@@ -17,7 +17,7 @@ use super::boot::Program;
 use super::cpuid::Model;
 use super::device::bus::Bus;
 use super::device::serial::{self, Serial};
-use super::device::{apic, ioapic};
+use super::device::{apic, i8259, ioapic};
 use super::dirty::MachineLog;
 use super::guest::Error;
 use super::map::Map;
@@ -44,6 +44,7 @@ pub struct Machine {
     bus: Arc<Bus>,
     program: Program,
     vcpus: usize,
+    has_pic: bool,
     events: EventSink,
     /// Held by whoever changes between running and not running.
     lifecycle: Mutex<()>,
@@ -119,6 +120,7 @@ impl Machine {
             map: &map,
             vcpus,
             model,
+            has_pic: config.pic,
             itself: &itself,
             reports: &reports,
         };
@@ -139,6 +141,7 @@ impl Machine {
             bus,
             program,
             vcpus: usize::from(vcpus),
+            has_pic: config.pic,
             events,
             lifecycle: Mutex::default(),
             run_state: Mutex::new(run_state),
@@ -242,7 +245,11 @@ impl Machine {
             .collect();
         entries.push(device(ioapic::BASE, ioapic::SIZE, "ioapic", false));
         entries.push(device(apic::BASE, apic::SIZE, "kvm-apic-msi", false));
-        entries.sort_by_key(|entry| entry.start);
+        if self.has_pic {
+            let pics = i8259::PORTS.map(|port| device(port.into(), 2, "pic", true));
+            let levels = i8259::ELCR_PORTS.map(|port| device(port.into(), 1, "elcr", true));
+            entries.extend(pics.into_iter().chain(levels));
+        }
         if self.serial.is_some() {
             entries.push(device(
                 u64::from(serial::PORT),
@@ -251,6 +258,7 @@ impl Machine {
                 true,
             ));
         }
+        entries.sort_by_key(|entry| (entry.is_port, entry.start));
         entries
     }
 }
@@ -260,6 +268,7 @@ struct Parts<'a> {
     map: &'a Arc<Map>,
     vcpus: u8,
     model: Model,
+    has_pic: bool,
     itself: &'a Arc<OnceLock<Weak<Machine>>>,
     reports: &'a Arc<Reports>,
 }
@@ -278,7 +287,7 @@ impl Parts<'_> {
         kvm: kvm_ioctls::Kvm,
         chardev: Option<Arc<dyn Chardev>>,
     ) -> Result<Built, Error> {
-        let bare = accel::Bare::new(kvm, self.map)?;
+        let bare = accel::Bare::new(kvm, self.map, self.has_pic)?;
         let vm = Arc::clone(bare.vm());
         let lines = Arc::clone(&vm);
         let serial = chardev.map(|chardev| {
@@ -300,7 +309,8 @@ impl Parts<'_> {
     fn without_kvm(&self, chardev: Option<Arc<dyn Chardev>>) -> Built {
         let serial = chardev.map(|chardev| Serial::new(chardev, Box::new(|_| ())));
         let bus = Arc::new(Bus::new(serial.clone()));
-        (Accel::absent(usize::from(self.vcpus)), None, serial, bus)
+        let accel = Accel::absent(usize::from(self.vcpus), self.has_pic);
+        (accel, None, serial, bus)
     }
 }
 

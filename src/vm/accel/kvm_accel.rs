@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use kvm_bindings::{
     CpuId, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
-    KVM_MAX_CPUID_ENTRIES, KvmIrqRouting, kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry,
-    kvm_irq_routing_irqchip,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting,
+    kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
@@ -17,6 +17,7 @@ use crate::vm::cpu_state::{CpuState, MCE_BANKS, XsaveLayout};
 use crate::vm::cpuid::{self, Model};
 use crate::vm::device::apic::Apic;
 use crate::vm::device::bus::Bus;
+use crate::vm::device::i8259;
 use crate::vm::device::ioapic::PINS;
 use crate::vm::device::kvmclock::KvmClock;
 use crate::vm::guest::Error;
@@ -31,6 +32,7 @@ pub(in crate::vm) struct KvmAccel {
     vm: SharedVm,
     features: Arc<Features>,
     at_reset: State,
+    has_pic: bool,
     /// The guest's clock while the guest rests.
     clock: Mutex<Option<KvmClock>>,
 }
@@ -39,11 +41,13 @@ pub(in crate::vm) struct KvmAccel {
 pub(in crate::vm) struct Bare {
     kvm: Kvm,
     vm: SharedVm,
+    has_pic: bool,
 }
 
 impl Bare {
-    /// A virtual machine with the memory of `map` and interrupt controllers.
-    pub(in crate::vm) fn new(kvm: Kvm, map: &Map) -> Result<Self, Error> {
+    /// A virtual machine with the memory of `map` and interrupt controllers, of which a PIC is
+    /// one if the machine has it.
+    pub(in crate::vm) fn new(kvm: Kvm, map: &Map, has_pic: bool) -> Result<Self, Error> {
         let fd = call("KVM_CREATE_VM", kvm.create_vm())?;
         call(
             "KVM_SET_IDENTITY_MAP_ADDR",
@@ -51,7 +55,10 @@ impl Bare {
         )?;
         call("KVM_SET_TSS_ADDR", fd.set_tss_address(TSS))?;
         call("KVM_CREATE_IRQCHIP", fd.create_irq_chip())?;
-        call("KVM_SET_GSI_ROUTING", fd.set_gsi_routing(&routing()?))?;
+        call(
+            "KVM_SET_GSI_ROUTING",
+            fd.set_gsi_routing(&routing(has_pic)?),
+        )?;
         let vm = Vm::new(fd);
         for index in 0..map.windows().len() {
             let (slot, block) = map.slot(index);
@@ -64,6 +71,7 @@ impl Bare {
         Ok(Self {
             kvm,
             vm: Arc::new(vm),
+            has_pic,
         })
     }
 
@@ -80,7 +88,7 @@ impl Bare {
         bus: &Arc<Bus>,
         reporter: &Reporter,
     ) -> Result<KvmAccel, Error> {
-        let Self { kvm, vm } = self;
+        let Self { kvm, vm, has_pic } = self;
         let supported = call(
             "KVM_GET_SUPPORTED_CPUID",
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES),
@@ -106,7 +114,7 @@ impl Bare {
             None => return Err(Error::State("a machine needs a vCPU".to_owned())),
         };
         let features = Arc::new(features);
-        let mut at_reset = State::at_reset(0);
+        let mut at_reset = State::at_reset(0, has_pic);
         at_reset.ioapic = get_ioapic(&vm)?;
         let mut vcpus = Vec::new();
         for (index, (vcpu, leaves)) in fds.into_iter().enumerate() {
@@ -126,6 +134,7 @@ impl Bare {
             vm,
             features,
             at_reset,
+            has_pic,
             clock: Mutex::default(),
         })
     }
@@ -184,6 +193,7 @@ impl KvmAccel {
         Ok(State {
             cpus,
             ioapic: get_ioapic(&self.vm)?,
+            pics: self.pics()?,
             clock,
         })
     }
@@ -193,12 +203,13 @@ impl KvmAccel {
         self.at_reset.clone()
     }
 
-    /// See [`super::Accel::restore`]. QEMU's order: all local APICs, the I/O APIC, the clock, then
-    /// all vCPUs.
+    /// See [`super::Accel::restore`]. QEMU's order: all local APICs, the I/O APIC, the clock, the
+    /// PIC, then all vCPUs.
     pub(super) fn restore(&self, update: Update) -> Result<(), Error> {
         let Update {
             mut cpus,
             ioapic,
+            pics,
             clock,
         } = update;
         for (vcpu, (_, apic)) in self.vcpus.iter().zip(&cpus) {
@@ -216,6 +227,16 @@ impl KvmAccel {
         }
         if let Some(new) = clock {
             *lock(&self.clock) = Some(new);
+        }
+        for (index, pic) in pics.iter().enumerate() {
+            if let Some(pic) = pic {
+                self.vm
+                    .set_pic(index, pic)
+                    .map_err(|source| Error::System {
+                        what: format!("i8259 {index}: KVM_SET_IRQCHIP"),
+                        source,
+                    })?;
+            }
         }
         let mut lost = BTreeSet::new();
         for (vcpu, (cpu, apic)) in self.vcpus.iter().zip(cpus.drain(..)) {
@@ -250,6 +271,18 @@ impl KvmAccel {
     /// Kernel id of a vCPU's thread, 0 if there is no such vCPU.
     pub(in crate::vm) fn thread_id(&self, index: usize) -> i32 {
         self.vcpus.get(index).map_or(0, Vcpu::thread_id)
+    }
+
+    fn pics(&self) -> Result<Vec<i8259::Pic>, Error> {
+        let chips = if self.has_pic { i8259::CHIPS } else { 0 };
+        (0..chips)
+            .map(|index| {
+                self.vm.pic(index).map_err(|source| Error::System {
+                    what: format!("i8259 {index}: KVM_GET_IRQCHIP"),
+                    source,
+                })
+            })
+            .collect()
     }
 
     fn read_clock(&self) -> Result<KvmClock, Error> {
@@ -343,24 +376,37 @@ fn get_ioapic(vm: &Vm) -> Result<crate::vm::device::ioapic::IoApic, Error> {
     })
 }
 
-/// Interrupt lines go to the I/O APIC alone: the machine has no PIC, though KVM's chip set does.
-fn routing() -> Result<KvmIrqRouting, Error> {
-    let entries: Vec<_> = (0..PINS as u32)
-        .map(|pin| {
-            let mut entry = kvm_irq_routing_entry {
-                gsi: pin,
-                type_: KVM_IRQ_ROUTING_IRQCHIP,
-                ..Default::default()
+/// Where interrupt lines go. Without a PIC, to the I/O APIC alone, though KVM's chip set has one.
+/// With it the first sixteen go there as well, and line 0, the timer's, to pin 2 of the I/O APIC,
+/// as QEMU and PCs have it.
+fn routing(has_pic: bool) -> Result<KvmIrqRouting, Error> {
+    let mut entries = Vec::new();
+    for line in 0..PINS as u32 {
+        if has_pic && line < (i8259::CHIPS * i8259::PINS) as u32 {
+            let (chip, pins) = match line {
+                0..8 => (KVM_IRQCHIP_PIC_MASTER, 0),
+                _ => (KVM_IRQCHIP_PIC_SLAVE, i8259::PINS as u32),
             };
-            entry.u.irqchip = kvm_irq_routing_irqchip {
-                irqchip: KVM_IRQCHIP_IOAPIC,
-                pin,
-            };
-            entry
-        })
-        .collect();
+            entries.push(route(line, chip, line - pins));
+        }
+        match line {
+            0 if has_pic => entries.push(route(line, KVM_IRQCHIP_IOAPIC, TIMER_PIN)),
+            TIMER_PIN if has_pic => {}
+            _ => entries.push(route(line, KVM_IRQCHIP_IOAPIC, line)),
+        }
+    }
     KvmIrqRouting::from_entries(&entries)
         .map_err(|error| Error::State(format!("too many interrupt routes: {error:?}")))
+}
+
+fn route(line: u32, irqchip: u32, pin: u32) -> kvm_irq_routing_entry {
+    let mut entry = kvm_irq_routing_entry {
+        gsi: line,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        ..Default::default()
+    };
+    entry.u.irqchip = kvm_irq_routing_irqchip { irqchip, pin };
+    entry
 }
 
 fn call<T>(what: &str, result: Result<T, kvm_ioctls::Error>) -> Result<T, Error> {
@@ -370,6 +416,8 @@ fn call<T>(what: &str, result: Result<T, kvm_ioctls::Error>) -> Result<T, Error>
     })
 }
 
+/// The I/O APIC's pin for line 0.
+const TIMER_PIN: u32 = 2;
 /// Where KVM keeps its own pages, as QEMU places them.
 const IDENTITY_MAP: u64 = 0xfeff_c000;
 const TSS: usize = 0xfeff_d000;

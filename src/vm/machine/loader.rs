@@ -5,6 +5,7 @@ use crate::vm::accel::{State, Update};
 use crate::vm::cpu_state::CpuState;
 use crate::vm::device::apic::Apic;
 use crate::vm::device::foreign;
+use crate::vm::device::i8259::{CHIPS, Pic};
 use crate::vm::device::ioapic::IoApic;
 use crate::vm::device::kvmclock::KvmClock;
 use crate::vm::device::serial::SerialSection;
@@ -59,6 +60,9 @@ impl DeviceLoader for Loader<'_> {
             KvmClock::NAME if index == 0 => {
                 self.update.clock = Some(decoded(KvmClock::at(0), header, body)?);
             }
+            Pic::NAME if index < CHIPS && self.machine.has_pic => {
+                self.update.pics[index] = Some(decoded(Pic::default(), header, body)?);
+            }
             SerialSection::NAME if index == 0 && self.machine.serial.is_some() => {
                 let section = decoded(SerialSection(Uart::incoming()), header, body)?;
                 self.serial = Some(section.0);
@@ -87,6 +91,7 @@ impl DeviceLoader for Loader<'_> {
                 Apic::NAME => self.update.cpus[index].1.is_some(),
                 IoApic::NAME => self.update.ioapic.is_some(),
                 KvmClock::NAME => self.update.clock.is_some(),
+                Pic::NAME => self.update.pics[index].is_some(),
                 _ => self.serial.is_some(),
             }
         };

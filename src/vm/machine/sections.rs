@@ -6,6 +6,7 @@ use super::Machine;
 use super::loader::Loader;
 use crate::vm::cpu_state::CpuState;
 use crate::vm::device::apic::Apic;
+use crate::vm::device::i8259::{CHIPS, Pic};
 use crate::vm::device::ioapic::IoApic;
 use crate::vm::device::kvmclock::KvmClock;
 use crate::vm::device::serial::SerialSection;
@@ -52,6 +53,9 @@ impl Guest for Machine {
         }
         sections.push(saved(&mut state.ioapic, 0)?);
         sections.push(saved(&mut state.clock, 0)?);
+        for (index, pic) in state.pics.iter_mut().enumerate() {
+            sections.push(saved(pic, index)?);
+        }
         if let Some(serial) = &self.serial {
             sections.push(saved(&mut SerialSection(serial.state()), 0)?);
         }
@@ -66,6 +70,9 @@ impl Guest for Machine {
         }
         headers.push(header::<IoApic>(0));
         headers.push(header::<KvmClock>(0));
+        if self.has_pic {
+            headers.extend((0..CHIPS).map(header::<Pic>));
+        }
         if self.serial.is_some() {
             headers.push(header::<SerialSection>(0));
         }

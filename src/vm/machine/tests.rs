@@ -66,6 +66,7 @@ fn config(bios: PathBuf) -> MachineConfig {
         boot: Boot::Bios(bios),
         append: String::new(),
         serial: None,
+        pic: false,
         memory_backend: None,
     }
 }
