@@ -57,10 +57,19 @@ pub struct MachineConfig {
     pub append: String,
     /// Chardev id of COM1; `None`: no serial device and no serial section.
     pub serial: Option<String>,
-    /// `-M pic=on`: two 8259A.
-    pub pic: bool,
+    /// Chips that a machine may have or not.
+    pub chips: Chips,
     /// `-M memory-backend=ID`: names and backs the main RAM block.
     pub memory_backend: Option<MemoryBackend>,
+}
+
+/// Chips of `-M` that are there or not.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Chips {
+    /// `pic=on`: two 8259A.
+    pub pic: bool,
+    /// `pit=on`: an 8254.
+    pub pit: bool,
 }
 
 /// What executes guest instructions.

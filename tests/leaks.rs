@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use common::need::{Need, require};
 use common::poll;
-use hmpsh::config::{Accel, BackendKind, Boot, MachineConfig, MemoryBackend};
+use hmpsh::config::{Accel, BackendKind, Boot, Chips, MachineConfig, MemoryBackend};
 use hmpsh::vm::guest::Guest;
 use hmpsh::vm::machine::Machine;
 use hmpsh::vm::run_state::RunState;
@@ -24,7 +24,7 @@ fn config(accel: Accel, kind: BackendKind) -> MachineConfig {
         boot: Boot::Builtin,
         append: "window=1M smp=4".to_owned(),
         serial: None,
-        pic: false,
+        chips: Chips::default(),
         memory_backend: Some(MemoryBackend {
             id: "mem0".to_owned(),
             size: 16 << 20,

@@ -13,7 +13,7 @@ use common::journey::moved;
 use common::need::{self, Need, require};
 use common::poll;
 use common::vmm::Program::{Hmpsh, Qemu7};
-use common::vmm::{Program, Setup, Vmm};
+use common::vmm::{Program, Setup, Vmm, firmware};
 
 fn small() -> Setup {
     Setup::new(Hmpsh).append("window=1M")
@@ -360,17 +360,6 @@ fn paused_from_the_start_until_cont() {
     assert_eq!(vm.command("info status"), "VM status: running\n");
 }
 
-/// A firmware image that runs `code` in real mode.
-fn image(code: &[u8]) -> tempfile::NamedTempFile {
-    let mut bytes = vec![0; 0x10000];
-    bytes[..code.len()].copy_from_slice(code);
-    // Jumps to the image's first byte.
-    bytes[0xfff0..0xfff5].copy_from_slice(&[0xea, 0, 0, 0, 0xf0]);
-    let file = tempfile::NamedTempFile::new().unwrap();
-    std::fs::write(file.path(), bytes).unwrap();
-    file
-}
-
 /// Prints `R`, then faults without an interrupt table and with paging over empty page tables.
 const TRIPLE_FAULT: &[u8] = &[
     0xba, 0xf8, 0x03, 0xb0, 0x52, 0xee, 0x2e, 0x66, 0x0f, 0x01, 0x1e, 0x26, 0x00, 0x0f, 0x20, 0xc0,
@@ -398,7 +387,7 @@ fn a_triple_fault_is_a_reset() {
     if !require(&[Need::Kvm]) {
         return;
     }
-    let bios = image(TRIPLE_FAULT);
+    let bios = firmware(TRIPLE_FAULT);
     let mut vm = Setup::new(Hmpsh).bios(bios.path()).start();
     wait_log(&vm, "RRRR");
     assert_eq!(vm.command("info status"), "VM status: running\n");
@@ -413,7 +402,7 @@ fn with_no_reboot_it_is_the_end() {
     if !require(&[Need::Kvm]) {
         return;
     }
-    let bios = image(TRIPLE_FAULT);
+    let bios = firmware(TRIPLE_FAULT);
     let setup = || Setup::new(Hmpsh).bios(bios.path()).args(&["-no-reboot"]);
     let mut vm = setup().args(&["-S"]).start();
     vm.hmp.send("cont");
@@ -429,7 +418,7 @@ fn a_guest_that_halts_for_ever_can_be_stopped_and_moved() {
     if !require(&[Need::Kvm]) {
         return;
     }
-    let bios = image(HALT);
+    let bios = firmware(HALT);
     let setup = || Setup::new(Hmpsh).bios(bios.path());
     let mut a = setup().start();
     wait_log(&a, "H");

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::Error;
 use crate::config::{
-    Accel, Boot, ChardevConfig, ChardevKind, Config, Global, Incoming, MachineConfig,
+    Accel, Boot, ChardevConfig, ChardevKind, Chips, Config, Global, Incoming, MachineConfig,
     MemoryBackend, MonitorConfig,
 };
 use crate::units::MIB;
@@ -55,7 +55,7 @@ pub(super) struct Machine {
     /// Whether `-M` was given without `acpi=`.
     pub(super) implies_acpi_off: bool,
     pub(super) no_isa_serial: bool,
-    pub(super) pic: bool,
+    pub(super) chips: Chips,
     pub(super) memory_backend: Option<String>,
 }
 
@@ -101,7 +101,7 @@ impl Draft {
                 boot,
                 append: self.append.unwrap_or_default(),
                 serial,
-                pic: self.machine.pic,
+                chips: self.machine.chips,
                 memory_backend,
             },
             name: self.name,

@@ -2,7 +2,7 @@
 
 use super::draft::{Draft, Machine};
 use super::keyval::KeyVal;
-use crate::config::Accel;
+use crate::config::{Accel, Chips};
 
 type Answer = Result<(), String>;
 
@@ -62,15 +62,16 @@ pub(super) fn machine(draft: &mut Draft, value: &str) -> Answer {
             return Err("acpi=on: not built in this version".to_owned());
         }
     }
-    if let Some(value) = list.take("pic") {
-        machine.pic = is_on("pic", &value)?;
-    }
-    for name in ["pit", "rtc"] {
-        if let Some(value) = list.take(name)
-            && is_on(name, &value)?
-        {
-            return Err(format!("{name}=on: not built in this version"));
-        }
+    let mut is_wanted = |name| {
+        list.take(name)
+            .map_or(Ok(false), |value| is_on(name, &value))
+    };
+    machine.chips = Chips {
+        pic: is_wanted("pic")?,
+        pit: is_wanted("pit")?,
+    };
+    if is_wanted("rtc")? {
+        return Err("rtc=on: not built in this version".to_owned());
     }
     match list.take("kernel-irqchip").as_deref() {
         None | Some("on" | "split") => {}

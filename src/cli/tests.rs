@@ -71,7 +71,10 @@ fn machine_options_reach_the_machine() {
     ] {
         assert_eq!(config(line).machine, config("").machine, "{line}");
     }
-    assert!(config("-M microvm,pic=on").machine.pic);
+    let chips = config("-M microvm,pic=on,pit=auto").machine.chips;
+    assert!(chips.pic && !chips.pit);
+    let chips = config("-M microvm,pic=off,pit=on").machine.chips;
+    assert!(!chips.pic && chips.pit);
     let machine = config(
         "-M microvm,accel=none -cpu host -m 1.5G -smp cpus=4 \
                           -uuid 00112233-4455-6677-8899-aabbccddeeff -append window=64M",

@@ -14,11 +14,12 @@ use kvm_ioctls::Kvm;
 pub(super) use self::kvm_accel::{Bare, KvmAccel};
 use super::cpu_state::CpuState;
 use super::device::apic::Apic;
+use super::device::i8254::Pit;
 use super::device::i8259::{CHIPS, Pic};
 use super::device::ioapic::IoApic;
 use super::device::kvmclock::KvmClock;
 use super::guest::Error;
-use crate::config::Accel as Wanted;
+use crate::config::{Accel as Wanted, Chips};
 
 /// State of everything but COM1.
 #[derive(Clone, Debug)]
@@ -29,6 +30,8 @@ pub(super) struct State {
     pub(super) ioapic: IoApic,
     /// Master and slave PIC, if the machine has them.
     pub(super) pics: Vec<Pic>,
+    /// The PIT, if the machine has one.
+    pub(super) pit: Option<Pit>,
     /// The paravirtual clock.
     pub(super) clock: KvmClock,
 }
@@ -42,6 +45,8 @@ pub(super) struct Update {
     pub(super) ioapic: Option<IoApic>,
     /// Master and slave PIC.
     pub(super) pics: [Option<Pic>; CHIPS],
+    /// The PIT.
+    pub(super) pit: Option<Pit>,
     /// The paravirtual clock.
     pub(super) clock: Option<KvmClock>,
 }
@@ -56,14 +61,15 @@ pub(super) enum Accel {
 
 impl State {
     /// A machine of `vcpus` at reset, as far as no KVM says better.
-    pub(super) fn at_reset(vcpus: usize, has_pic: bool) -> Self {
+    pub(super) fn at_reset(vcpus: usize, chips: Chips) -> Self {
         let cpus = (0..vcpus)
             .map(|n| (CpuState::at_reset(n), Apic::at_reset(n)))
             .collect();
         Self {
             cpus,
             ioapic: IoApic::default(),
-            pics: vec![Pic::default(); if has_pic { CHIPS } else { 0 }],
+            pics: vec![Pic::default(); if chips.pic { CHIPS } else { 0 }],
+            pit: chips.pit.then(Pit::at_reset),
             clock: KvmClock::at(0),
         }
     }
@@ -78,6 +84,7 @@ impl State {
                 .collect(),
             ioapic: Some(self.ioapic),
             pics: pair(self.pics),
+            pit: self.pit,
             clock: None,
         }
     }
@@ -99,6 +106,9 @@ impl State {
                 *pic = new;
             }
         }
+        if let Some(new) = update.pit {
+            self.pit = Some(new);
+        }
         if let Some(new) = update.clock {
             self.clock = new;
         }
@@ -107,8 +117,8 @@ impl State {
 
 impl Accel {
     /// Nothing, at reset.
-    pub(super) fn absent(vcpus: usize, has_pic: bool) -> Self {
-        Self::Absent(Box::new(Mutex::new(State::at_reset(vcpus, has_pic))))
+    pub(super) fn absent(vcpus: usize, chips: Chips) -> Self {
+        Self::Absent(Box::new(Mutex::new(State::at_reset(vcpus, chips))))
     }
 
     /// KVM, if there is any.
@@ -133,7 +143,11 @@ impl Accel {
             Self::Kvm(kvm) => kvm.reset_state(),
             Self::Absent(state) => {
                 let state = lock(state);
-                State::at_reset(state.cpus.len(), !state.pics.is_empty())
+                let chips = Chips {
+                    pic: !state.pics.is_empty(),
+                    pit: state.pit.is_some(),
+                };
+                State::at_reset(state.cpus.len(), chips)
             }
         }
     }

@@ -17,7 +17,7 @@ use super::boot::Program;
 use super::cpuid::Model;
 use super::device::bus::Bus;
 use super::device::serial::{self, Serial};
-use super::device::{apic, i8259, ioapic};
+use super::device::{apic, i8254, i8259, ioapic};
 use super::dirty::MachineLog;
 use super::guest::Error;
 use super::map::Map;
@@ -27,7 +27,7 @@ use super::run_state::RunState;
 use super::vcpu::Reporter;
 use super::virtual_memory::VirtualMemory;
 use crate::chardev::Chardev;
-use crate::config::MachineConfig;
+use crate::config::{Chips, MachineConfig};
 use crate::event::Event;
 
 /// Told of asynchronous machine events, on the thread that caused them; must not block, and must
@@ -44,7 +44,7 @@ pub struct Machine {
     bus: Arc<Bus>,
     program: Program,
     vcpus: usize,
-    has_pic: bool,
+    chips: Chips,
     events: EventSink,
     /// Held by whoever changes between running and not running.
     lifecycle: Mutex<()>,
@@ -120,7 +120,7 @@ impl Machine {
             map: &map,
             vcpus,
             model,
-            has_pic: config.pic,
+            chips: config.chips,
             itself: &itself,
             reports: &reports,
         };
@@ -141,7 +141,7 @@ impl Machine {
             bus,
             program,
             vcpus: usize::from(vcpus),
-            has_pic: config.pic,
+            chips: config.chips,
             events,
             lifecycle: Mutex::default(),
             run_state: Mutex::new(run_state),
@@ -245,10 +245,13 @@ impl Machine {
             .collect();
         entries.push(device(ioapic::BASE, ioapic::SIZE, "ioapic", false));
         entries.push(device(apic::BASE, apic::SIZE, "kvm-apic-msi", false));
-        if self.has_pic {
+        if self.chips.pic {
             let pics = i8259::PORTS.map(|port| device(port.into(), 2, "pic", true));
             let levels = i8259::ELCR_PORTS.map(|port| device(port.into(), 1, "elcr", true));
             entries.extend(pics.into_iter().chain(levels));
+        }
+        if self.chips.pit {
+            entries.push(device(i8254::PORT.into(), i8254::PORTS, "pit", true));
         }
         if self.serial.is_some() {
             entries.push(device(
@@ -268,7 +271,7 @@ struct Parts<'a> {
     map: &'a Arc<Map>,
     vcpus: u8,
     model: Model,
-    has_pic: bool,
+    chips: Chips,
     itself: &'a Arc<OnceLock<Weak<Machine>>>,
     reports: &'a Arc<Reports>,
 }
@@ -287,7 +290,7 @@ impl Parts<'_> {
         kvm: kvm_ioctls::Kvm,
         chardev: Option<Arc<dyn Chardev>>,
     ) -> Result<Built, Error> {
-        let bare = accel::Bare::new(kvm, self.map, self.has_pic)?;
+        let bare = accel::Bare::new(kvm, self.map, self.chips)?;
         let vm = Arc::clone(bare.vm());
         let lines = Arc::clone(&vm);
         let serial = chardev.map(|chardev| {
@@ -309,7 +312,7 @@ impl Parts<'_> {
     fn without_kvm(&self, chardev: Option<Arc<dyn Chardev>>) -> Built {
         let serial = chardev.map(|chardev| Serial::new(chardev, Box::new(|_| ())));
         let bus = Arc::new(Bus::new(serial.clone()));
-        let accel = Accel::absent(usize::from(self.vcpus), self.has_pic);
+        let accel = Accel::absent(usize::from(self.vcpus), self.chips);
         (accel, None, serial, bus)
     }
 }

@@ -420,3 +420,14 @@ fn stock(need: Need) -> Command {
 fn read(path: &Path) -> String {
     String::from_utf8_lossy(&std::fs::read(path).unwrap_or_default()).into_owned()
 }
+
+/// A firmware image that runs `code` in real mode.
+pub(crate) fn firmware(code: &[u8]) -> tempfile::NamedTempFile {
+    let mut bytes = vec![0; 0x10000];
+    bytes[..code.len()].copy_from_slice(code);
+    // Jumps to the image's first byte.
+    bytes[0xfff0..0xfff5].copy_from_slice(&[0xea, 0, 0, 0, 0xf0]);
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), bytes).unwrap();
+    file
+}

@@ -7,16 +7,18 @@ use std::time::Duration;
 use kvm_bindings::{
     CpuId, KVM_CAP_X86_TRIPLE_FAULT_EVENT, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC,
     KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KvmIrqRouting,
-    kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_irqchip,
+    kvm_clock_data, kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_pit_config,
 };
 use kvm_ioctls::{Cap, Kvm, VcpuFd};
 
 use super::{SharedVm, State, Update, lock, no_vcpu};
+use crate::config::Chips;
 use crate::vm::cpu_state::transfer::{self, Features};
 use crate::vm::cpu_state::{CpuState, MCE_BANKS, XsaveLayout};
 use crate::vm::cpuid::{self, Model};
 use crate::vm::device::apic::Apic;
 use crate::vm::device::bus::Bus;
+use crate::vm::device::i8254::Pit;
 use crate::vm::device::i8259;
 use crate::vm::device::ioapic::PINS;
 use crate::vm::device::kvmclock::KvmClock;
@@ -32,22 +34,23 @@ pub(in crate::vm) struct KvmAccel {
     vm: SharedVm,
     features: Arc<Features>,
     at_reset: State,
-    has_pic: bool,
+    chips: Chips,
     /// The guest's clock while the guest rests.
     clock: Mutex<Option<KvmClock>>,
+    /// The PIT while the guest rests, if the machine has one.
+    pit: Mutex<Option<Pit>>,
 }
 
 /// A virtual machine without vCPUs yet: its devices need it before the vCPUs need them.
 pub(in crate::vm) struct Bare {
     kvm: Kvm,
     vm: SharedVm,
-    has_pic: bool,
+    chips: Chips,
 }
 
 impl Bare {
-    /// A virtual machine with the memory of `map` and interrupt controllers, of which a PIC is
-    /// one if the machine has it.
-    pub(in crate::vm) fn new(kvm: Kvm, map: &Map, has_pic: bool) -> Result<Self, Error> {
+    /// A virtual machine with the memory of `map`, interrupt controllers and those chips.
+    pub(in crate::vm) fn new(kvm: Kvm, map: &Map, chips: Chips) -> Result<Self, Error> {
         let fd = call("KVM_CREATE_VM", kvm.create_vm())?;
         call(
             "KVM_SET_IDENTITY_MAP_ADDR",
@@ -57,8 +60,11 @@ impl Bare {
         call("KVM_CREATE_IRQCHIP", fd.create_irq_chip())?;
         call(
             "KVM_SET_GSI_ROUTING",
-            fd.set_gsi_routing(&routing(has_pic)?),
+            fd.set_gsi_routing(&routing(chips.pic)?),
         )?;
+        if chips.pit {
+            call("KVM_CREATE_PIT2", fd.create_pit2(kvm_pit_config::default()))?;
+        }
         let vm = Vm::new(fd);
         for index in 0..map.windows().len() {
             let (slot, block) = map.slot(index);
@@ -71,7 +77,7 @@ impl Bare {
         Ok(Self {
             kvm,
             vm: Arc::new(vm),
-            has_pic,
+            chips,
         })
     }
 
@@ -88,7 +94,7 @@ impl Bare {
         bus: &Arc<Bus>,
         reporter: &Reporter,
     ) -> Result<KvmAccel, Error> {
-        let Self { kvm, vm, has_pic } = self;
+        let Self { kvm, vm, chips } = self;
         let supported = call(
             "KVM_GET_SUPPORTED_CPUID",
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES),
@@ -114,7 +120,7 @@ impl Bare {
             None => return Err(Error::State("a machine needs a vCPU".to_owned())),
         };
         let features = Arc::new(features);
-        let mut at_reset = State::at_reset(0, has_pic);
+        let mut at_reset = State::at_reset(0, chips);
         at_reset.ioapic = get_ioapic(&vm)?;
         let mut vcpus = Vec::new();
         for (index, (vcpu, leaves)) in fds.into_iter().enumerate() {
@@ -134,8 +140,9 @@ impl Bare {
             vm,
             features,
             at_reset,
-            has_pic,
+            chips,
             clock: Mutex::default(),
+            pit: Mutex::new(chips.pit.then(Pit::at_reset)),
         })
     }
 }
@@ -161,6 +168,9 @@ impl KvmAccel {
                 })?;
             }
         }
+        if let Some(pit) = lock(&self.pit).take() {
+            self.write_pit(&pit)?;
+        }
         for vcpu in &self.vcpus {
             vcpu.resume();
         }
@@ -178,6 +188,13 @@ impl KvmAccel {
         if clock.is_none() {
             *clock = Some(self.read_clock()?);
         }
+        let mut pit = lock(&self.pit);
+        if self.chips.pit && pit.is_none() {
+            let read = self.read_pit()?;
+            // Or it would go on interrupting.
+            self.write_pit(&read.silenced())?;
+            *pit = Some(read);
+        }
         Ok(())
     }
 
@@ -194,6 +211,7 @@ impl KvmAccel {
             cpus,
             ioapic: get_ioapic(&self.vm)?,
             pics: self.pics()?,
+            pit: lock(&self.pit).clone(),
             clock,
         })
     }
@@ -210,6 +228,7 @@ impl KvmAccel {
             mut cpus,
             ioapic,
             pics,
+            pit,
             clock,
         } = update;
         for (vcpu, (_, apic)) in self.vcpus.iter().zip(&cpus) {
@@ -227,6 +246,9 @@ impl KvmAccel {
         }
         if let Some(new) = clock {
             *lock(&self.clock) = Some(new);
+        }
+        if let Some(new) = pit {
+            *lock(&self.pit) = Some(new);
         }
         for (index, pic) in pics.iter().enumerate() {
             if let Some(pic) = pic {
@@ -274,7 +296,7 @@ impl KvmAccel {
     }
 
     fn pics(&self) -> Result<Vec<i8259::Pic>, Error> {
-        let chips = if self.has_pic { i8259::CHIPS } else { 0 };
+        let chips = if self.chips.pic { i8259::CHIPS } else { 0 };
         (0..chips)
             .map(|index| {
                 self.vm.pic(index).map_err(|source| Error::System {
@@ -283,6 +305,16 @@ impl KvmAccel {
                 })
             })
             .collect()
+    }
+
+    fn read_pit(&self) -> Result<Pit, Error> {
+        let state = call("KVM_GET_PIT2", self.vm.fd().get_pit2())?;
+        Ok(Pit::from_kvm(&state, monotonic()))
+    }
+
+    fn write_pit(&self, pit: &Pit) -> Result<(), Error> {
+        let state = pit.to_kvm(monotonic());
+        call("i8254: KVM_SET_PIT2", self.vm.fd().set_pit2(&state))
     }
 
     fn read_clock(&self) -> Result<KvmClock, Error> {
@@ -308,6 +340,12 @@ fn leave_interrupt_shadows(mut stopped: Vec<&Vcpu>) {
             ran
         });
     }
+}
+
+/// The host's monotonic clock, nanoseconds: what KVM counts the PIT's time by.
+fn monotonic() -> i64 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    now.tv_sec * 1_000_000_000 + now.tv_nsec
 }
 
 fn create_vcpu(
@@ -376,9 +414,8 @@ fn get_ioapic(vm: &Vm) -> Result<crate::vm::device::ioapic::IoApic, Error> {
     })
 }
 
-/// Where interrupt lines go. Without a PIC, to the I/O APIC alone, though KVM's chip set has one.
-/// With it the first sixteen go there as well, and line 0, the timer's, to pin 2 of the I/O APIC,
-/// as QEMU and PCs have it.
+/// Where interrupt lines go: to the I/O APIC, line 0, the timer's, to its pin 2, as QEMU and PCs
+/// have it. The first sixteen go to the PIC as well if the machine has one (KVM always does).
 fn routing(has_pic: bool) -> Result<KvmIrqRouting, Error> {
     let mut entries = Vec::new();
     for line in 0..PINS as u32 {
@@ -390,8 +427,8 @@ fn routing(has_pic: bool) -> Result<KvmIrqRouting, Error> {
             entries.push(route(line, chip, line - pins));
         }
         match line {
-            0 if has_pic => entries.push(route(line, KVM_IRQCHIP_IOAPIC, TIMER_PIN)),
-            TIMER_PIN if has_pic => {}
+            0 => entries.push(route(line, KVM_IRQCHIP_IOAPIC, TIMER_PIN)),
+            TIMER_PIN => {}
             _ => entries.push(route(line, KVM_IRQCHIP_IOAPIC, line)),
         }
     }

@@ -52,8 +52,7 @@ impl Section {
     }
 }
 
-const SECTIONS: [Section; 7] = [
-    Section::new::<Timer>(),
+const SECTIONS: [Section; 6] = [
     Section::new::<FwCfg>(),
     Section {
         per_vcpu: true,
@@ -98,7 +97,6 @@ macro_rules! opaque {
     };
 }
 
-opaque!(Timer, "timer", 2, 24);
 opaque!(FwCfg, "fw_cfg", 2, 6, "fw_cfg/dma" 0 8, "fw_cfg/acpi_mr" 1 24);
 opaque!(TprOpt, "kvm-tpr-opt", 1, 144);
 opaque!(Pic, "i8259", 1, 16, "i8259/ltim" 1 1);
@@ -149,7 +147,6 @@ mod tests {
     #[test]
     fn each_is_read_to_its_end() {
         let sizes = [
-            ("timer", 2, 24),
             ("fw_cfg", 2, 6),
             ("cpu_common", 1, 8),
             ("kvm-tpr-opt", 1, 144),

@@ -5,11 +5,13 @@ use crate::vm::accel::{State, Update};
 use crate::vm::cpu_state::CpuState;
 use crate::vm::device::apic::Apic;
 use crate::vm::device::foreign;
+use crate::vm::device::i8254::Pit;
 use crate::vm::device::i8259::{CHIPS, Pic};
 use crate::vm::device::ioapic::IoApic;
 use crate::vm::device::kvmclock::KvmClock;
 use crate::vm::device::serial::SerialSection;
 use crate::vm::device::serial::uart::Uart;
+use crate::vm::device::timer::VirtualClock;
 use crate::vm::guest::{DeviceLoader, Error, Guest, SectionHeader};
 use crate::vmstate::{self, StateReader, VmState};
 
@@ -18,6 +20,8 @@ pub(super) struct Loader<'a> {
     machine: &'a Machine,
     update: Update,
     serial: Option<Uart>,
+    /// What a stock source's clock showed when its guest stopped.
+    clock: VirtualClock,
     /// What a section leaves out keeps its value at reset.
     at_reset: State,
 }
@@ -32,6 +36,7 @@ impl<'a> Loader<'a> {
             machine,
             update,
             serial: None,
+            clock: VirtualClock::default(),
             at_reset: machine.accel.reset_state(),
         }
     }
@@ -60,8 +65,14 @@ impl DeviceLoader for Loader<'_> {
             KvmClock::NAME if index == 0 => {
                 self.update.clock = Some(decoded(KvmClock::at(0), header, body)?);
             }
-            Pic::NAME if index < CHIPS && self.machine.has_pic => {
+            Pic::NAME if index < CHIPS && self.machine.chips.pic => {
                 self.update.pics[index] = Some(decoded(Pic::default(), header, body)?);
+            }
+            Pit::NAME if index == 0 && self.machine.chips.pit => {
+                self.update.pit = Some(decoded(Pit::at_reset(), header, body)?);
+            }
+            VirtualClock::NAME if index == 0 => {
+                self.clock = decoded(VirtualClock::default(), header, body)?;
             }
             SerialSection::NAME if index == 0 && self.machine.serial.is_some() => {
                 let section = decoded(SerialSection(Uart::incoming()), header, body)?;
@@ -92,6 +103,7 @@ impl DeviceLoader for Loader<'_> {
                 IoApic::NAME => self.update.ioapic.is_some(),
                 KvmClock::NAME => self.update.clock.is_some(),
                 Pic::NAME => self.update.pics[index].is_some(),
+                Pit::NAME => self.update.pit.is_some(),
                 _ => self.serial.is_some(),
             }
         };
@@ -106,7 +118,17 @@ impl DeviceLoader for Loader<'_> {
         if self.machine.current_run_state().is_running() {
             return Err(Error::State("a running guest can not be loaded".to_owned()));
         }
-        self.machine.accel.restore(self.update)?;
+        let mut update = self.update;
+        if let Some(pit) = &mut update.pit {
+            pit.rebase(self.clock.time);
+            // QEMU's own PIT holds its line high between interrupts, KVM's pulses it. A line that
+            // is high for ever would have no edge, and KVM's PIT would wait for ever for the guest
+            // to acknowledge its first interrupt.
+            if let [Some(master), _] = &mut update.pics {
+                master.last_irr &= !TIMER_LINE;
+            }
+        }
+        self.machine.accel.restore(update)?;
         // After the I/O APIC: restoring a device drives its interrupt line.
         if let (Some(serial), Some(uart)) = (&self.machine.serial, self.serial) {
             serial.restore(uart);
@@ -114,6 +136,9 @@ impl DeviceLoader for Loader<'_> {
         Ok(())
     }
 }
+
+/// The PIT's line at the master PIC.
+const TIMER_LINE: u8 = 1 << 0;
 
 /// Decodes a section into `state`.
 fn decoded<T: VmState>(

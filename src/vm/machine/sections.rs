@@ -6,6 +6,7 @@ use super::Machine;
 use super::loader::Loader;
 use crate::vm::cpu_state::CpuState;
 use crate::vm::device::apic::Apic;
+use crate::vm::device::i8254::Pit;
 use crate::vm::device::i8259::{CHIPS, Pic};
 use crate::vm::device::ioapic::IoApic;
 use crate::vm::device::kvmclock::KvmClock;
@@ -56,6 +57,9 @@ impl Guest for Machine {
         for (index, pic) in state.pics.iter_mut().enumerate() {
             sections.push(saved(pic, index)?);
         }
+        if let Some(pit) = &mut state.pit {
+            sections.push(saved(pit, 0)?);
+        }
         if let Some(serial) = &self.serial {
             sections.push(saved(&mut SerialSection(serial.state()), 0)?);
         }
@@ -70,8 +74,11 @@ impl Guest for Machine {
         }
         headers.push(header::<IoApic>(0));
         headers.push(header::<KvmClock>(0));
-        if self.has_pic {
+        if self.chips.pic {
             headers.extend((0..CHIPS).map(header::<Pic>));
+        }
+        if self.chips.pit {
+            headers.push(header::<Pit>(0));
         }
         if self.serial.is_some() {
             headers.push(header::<SerialSection>(0));

@@ -66,7 +66,7 @@ fn config(bios: PathBuf) -> MachineConfig {
         boot: Boot::Bios(bios),
         append: String::new(),
         serial: None,
-        pic: false,
+        chips: Chips::default(),
         memory_backend: None,
     }
 }
