@@ -61,6 +61,7 @@ impl Incoming<'_> {
             seen: BTreeSet::new(),
             source: Source::Unknown,
             state: None,
+            is_promised: false,
             doubt: None,
             order: self,
         };
@@ -100,6 +101,8 @@ struct Arrival<'a> {
     source: Source,
     /// What the guest was doing at the source.
     state: Option<RunState>,
+    /// Whether the source said that hashes will close the stream.
+    is_promised: bool,
     /// Why nobody here can know whether the source has resumed the guest.
     doubt: Option<&'static str>,
     started: Duration,
@@ -157,7 +160,7 @@ impl Arrival<'_> {
             let found = next.map_or("the end".to_owned(), |byte| byte.to_string());
             let text = format!("Expected vmdescription section, but got {found}");
             // With a way back the source would wait for us or has gone away: not QEMU's doing.
-            if self.source == Source::Unknown {
+            if self.source == Source::Unknown && !self.is_promised {
                 log::warn!("{text}");
                 return Ok(Sealing::Absent);
             }
@@ -204,8 +207,10 @@ impl Arrival<'_> {
     fn check_integrity(&self, stream: u64, sealing: Sealing) -> Result<(), Error> {
         let seal = match sealing {
             Sealing::Sealed(seal) => seal,
-            _ if self.source == Source::Hmpsh => {
-                return Err(Error::stream("The migration stream has no integrity key"));
+            _ if self.source == Source::Hmpsh || self.is_promised => {
+                return Err(Error::stream(
+                    "The migration stream has no integrity key, or a damaged one",
+                ));
             }
             Sealing::Absent => return Ok(()),
             Sealing::Foreign => {

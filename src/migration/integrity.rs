@@ -113,6 +113,10 @@ impl Digest {
     }
 }
 
+/// Section id of `globalstate` in a stream that a [`Seal`] of version 1 closes ("hsh1"). It is part of
+/// what is hashed, so a seal that was damaged or cut off is missed.
+pub const PROMISE: u32 = 0x6873_6831;
+
 /// Both values, as they travel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seal {

@@ -16,6 +16,7 @@ use super::clock::Clock;
 use super::configuration;
 use super::globalstate;
 use super::handover::{Peer, PointOfNoReturn};
+use super::integrity::PROMISE;
 use super::manifest::Manifest;
 use super::progress::Progress;
 use super::ram::RamSave;
@@ -249,8 +250,9 @@ impl<'a> Run<'a> {
 
     fn devices(&mut self, before: RunState) -> Result<Vec<SavedSection>, Error> {
         let mut sections = self.order.guest.save_devices()?;
+        let ids = (FIRST_DEVICE..).take(sections.len()).chain([PROMISE]);
         sections.push(globalstate::save(before));
-        for (section, id) in sections.iter().zip(FIRST_DEVICE..) {
+        for (section, id) in sections.iter().zip(ids) {
             self.writer.put(|to| {
                 put_header(FULL, id, &section.header, to);
                 to.extend(&section.body);

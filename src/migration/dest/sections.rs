@@ -3,6 +3,7 @@
 use super::{Arrival, Source};
 use crate::migration::Error;
 use crate::migration::globalstate;
+use crate::migration::integrity::PROMISE;
 use crate::migration::manifest::Manifest;
 use crate::migration::ram;
 use crate::migration::return_path::{HAIL, Message, REPLY, say};
@@ -62,6 +63,7 @@ impl Arrival<'_> {
         }
         if (&*header.idstr, header.instance) == (globalstate::IDSTR, 0) {
             self.state = Some(globalstate::load(&mut self.reader, header.version)?);
+            self.is_promised = id == PROMISE;
         } else if let Some(loader) = &mut self.loader {
             let result = loader.load(&header, &mut self.reader);
             // What the device saw as a failed read has a better name here.
