@@ -286,14 +286,25 @@ fn the_second_try_after_a_cancel_reaches_the_same_destination() {
     for _ in 0..2 {
         crawl(&mut a, &uri);
         a.quiet("migrate_cancel");
+        assert!(
+            a.command("info migrate")
+                .contains("Migration status: cancell")
+        );
         a.wait_migration("cancelled");
         assert_eq!(a.command("info status"), "VM status: running\n");
         a.wait_beacons(3);
         assert!(b.is_alive(), "{}", b.said());
     }
     a.quiet("migrate_set_parameter max-bandwidth 1g");
+    assert!(b.command("info migrate").contains("socket address: ["));
     migrate(&mut a, &uri);
     arrived(&mut [&mut a, &mut b]);
+    // Nobody listens any more, and nobody may be told to.
+    assert!(!b.command("info migrate").contains("socket address"));
+    assert_eq!(
+        b.command("migrate_incoming tcp:127.0.0.1:0"),
+        "Error: The incoming migration has already been started\n"
+    );
 }
 
 #[test]

@@ -520,13 +520,12 @@ fn many_lines_may_come_at_once_and_in_pieces() {
 
 /// What no operator sends ends the connection and does nothing else.
 #[test]
-fn a_browser_or_an_endless_line_is_hung_up_on() {
+fn a_browser_is_hung_up_on() {
     let mut machine = Machine::start(&[]);
     for request in [
         "GET / HTTP/1.1\r\nquit\r\n".to_owned(),
         "POST /quit HTTP/1.1\r\nHost: localhost\r\n\r\nquit\r\n".to_owned(),
         "Host: localhost\nquit\n".to_owned(),
-        format!("{}\nquit\n", "x".repeat(5000)),
     ] {
         let mut wire = machine.second();
         wire.prompt();
@@ -538,6 +537,18 @@ fn a_browser_or_an_endless_line_is_hung_up_on() {
     wire.prompt();
     assert_eq!(wire.ask("info status"), "VM status: paused (prelaunch)\n");
     assert!(machine.vmm.is_alive());
+}
+
+/// As in QEMU, where scripts rely on it.
+#[test]
+fn an_endless_line_is_cut_off_and_the_session_goes_on() {
+    let machine = Machine::start(&[]);
+    let mut wire = machine.second();
+    wire.prompt();
+    wire.send(format!("{}\n", "x".repeat(5000)));
+    let cut = format!("unknown command: '{}'\r\n(qemu) ", "x".repeat(4095));
+    assert!(wire.prompt().ends_with(&cut));
+    assert_eq!(wire.ask("info status"), "VM status: paused (prelaunch)\n");
 }
 
 /// Takes connections and never says anything.
@@ -778,6 +789,10 @@ fn every_command_answers() {
         ),
         ("migrate_cancel", ""),
         (
+            "migrate -r tcp:127.0.0.1:1",
+            "Error: Cannot resume if there is no paused migration\n",
+        ),
+        (
             "getfd a",
             "Error: No file descriptor supplied via SCM_RIGHTS\n",
         ),
@@ -944,6 +959,20 @@ fn commands_on_the_command_line_end_with_a_status() {
         printed(0, "VM status: paused (postmigrate)\n")
     );
     assert!(std::fs::metadata(&saved).is_ok());
+    // One in the background too, before the program ends.
+    let later = dir.path().join("later").display().to_string();
+    assert_eq!(
+        run(&["-e", &format!("migrate -d file:{later}")]),
+        printed(0, "")
+    );
+    assert!(std::fs::metadata(&later).is_ok());
+    assert_eq!(
+        run(&["-e", &format!("migrate -d tcp:127.0.0.1:{port}")]),
+        printed(
+            1,
+            &format!("Error: Failed to connect to '127.0.0.1:{port}': Connection refused\n")
+        )
+    );
 }
 
 /// Command lines that are refused: status 1 and one line that says why.

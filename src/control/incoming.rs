@@ -17,7 +17,10 @@ use crate::vm::run_state::RunState;
 impl Control {
     /// Listens for a migration (`-incoming defer`); `fds` are the calling monitor's.
     pub fn migrate_incoming(self: &Arc<Self>, uri: &str, fds: &mut NamedFds) -> Result<(), Error> {
-        if self.config.incoming != Some(config::Incoming::Defer) {
+        if matches!(self.config.incoming, Some(config::Incoming::Uri(_))) {
+            return Err(Error::new(ALREADY_STARTED));
+        }
+        if self.config.incoming.is_none() {
             return Err(Error::new(
                 "'-incoming' was not specified on the command line",
             ));
@@ -31,9 +34,7 @@ impl Control {
         // Held to the end: of two monitors one is first.
         let mut job = self.job();
         if job.thread.is_some() || self.run_state() != RunState::InMigrate {
-            return Err(Error::new(
-                "The incoming migration has already been started",
-            ));
+            return Err(Error::new(ALREADY_STARTED));
         }
         self.lend_inherited(&uri, fds);
         let brake = Brake::new()?;
@@ -121,3 +122,5 @@ impl Control {
         Ok(())
     }
 }
+
+const ALREADY_STARTED: &str = "The incoming migration has already been started";

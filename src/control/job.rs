@@ -126,6 +126,13 @@ impl Control {
         }
         let brake = self.job().brake.clone()?;
         let too_late = !brake.pull();
+        if !too_late {
+            self.board.update(|snapshot| {
+                if snapshot.status.is_running() && snapshot.direction == Direction::Outgoing {
+                    snapshot.status = Status::Cancelling;
+                }
+            });
+        }
         too_late.then(|| "Too late to cancel: the guest is being handed over".to_owned())
     }
 

@@ -186,6 +186,10 @@ pub fn show_incoming(
         });
         snapshot.error = error;
         snapshot.handover_unknown = handover_unknown;
+        if status == Status::Completed {
+            // Nobody listens there any more.
+            snapshot.socket_address = None;
+        }
     });
 }
 

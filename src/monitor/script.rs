@@ -1,7 +1,7 @@
 //! `-e` and `-script`: monitor commands without an operator.
 //!
 //! One session executes them in order and prints to standard output; a migration in the
-//! foreground is waited for. The first that fails ends the program with status 1, the last that
+//! foreground is waited for, one in the background (`migrate -d`) before the program ends. The first that fails ends the program with status 1, the last that
 //! succeeds with 0.
 
 use std::io;
@@ -11,6 +11,7 @@ use super::history::History;
 use super::session::{Outcome, Session};
 use crate::control::{Error, Shared};
 use crate::errno::Errno;
+use crate::migration::stats::Direction;
 
 /// Starts executing the commands that the command line named, on a thread of their own.
 ///
@@ -32,7 +33,8 @@ pub fn start(control: &Shared) -> Result<(), Error> {
                 Session::new(control.clone(), Box::new(io::stdout()), History::default());
             let ended = lines
                 .iter()
-                .try_for_each(|line| execute(&mut session, line));
+                .try_for_each(|line| execute(&mut session, line))
+                .and_then(|()| see_off(&mut session));
             match ended {
                 Ok(()) | Err(End::Quit) => control.quit(),
                 Err(End::Failed) => control.quit_with(1),
@@ -59,18 +61,30 @@ fn execute(session: &mut Session, line: &str) -> Result<(), End> {
         Outcome::Done => Ok(()),
         Outcome::Quit => Err(End::Quit),
         Outcome::Failed => Err(End::Failed),
-        Outcome::Suspended => {
-            let (tell, told) = mpsc::channel();
-            session.control().when_migration_ends(Box::new(move || {
-                // Who waits for it is right below, or has given up with the program.
-                let _ = tell.send(());
-            }));
-            let _ = told.recv();
-            if session.conclude() {
-                Ok(())
-            } else {
-                Err(End::Failed)
-            }
-        }
+        Outcome::Suspended => wait(session),
+    }
+}
+
+/// A migration that was sent into the background would end with the program.
+fn see_off(session: &mut Session) -> Result<(), End> {
+    let migration = session.control().migration();
+    if migration.direction == Direction::Outgoing && migration.status.is_running() {
+        wait(session)
+    } else {
+        Ok(())
+    }
+}
+
+fn wait(session: &mut Session) -> Result<(), End> {
+    let (tell, told) = mpsc::channel();
+    session.control().when_migration_ends(Box::new(move || {
+        // Who waits for it is right below, or has given up with the program.
+        let _ = tell.send(());
+    }));
+    let _ = told.recv();
+    if session.conclude() {
+        Ok(())
+    } else {
+        Err(End::Failed)
     }
 }

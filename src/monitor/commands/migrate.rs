@@ -15,9 +15,6 @@ pub(crate) fn migrate(session: &mut Session, args: &Args) -> Result<(), Error> {
     if options.block || options.incremental {
         return Err(not_built("block migration"));
     }
-    if options.resume {
-        return Err(not_built("resuming a paused migration"));
-    }
     session.control.migrate(&options, &mut session.fds)?;
     if !args.flag("detach") {
         session.next = Next::Wait;

@@ -193,7 +193,11 @@ impl Workload {
 /// As much of the default window as there is RAM at `base`, 0 if there is none.
 fn default_window(base: u64, low: &Range<u64>, high: &Range<u64>) -> u64 {
     let ram = if low.contains(&base) { low } else { high };
-    ram.end.saturating_sub(base).min(DEFAULT_WINDOW) / PAGE * PAGE
+    match ram.end.saturating_sub(base) {
+        // It does not fit anywhere, and the refusal should say what was wanted.
+        0 => DEFAULT_WINDOW,
+        room => room.min(DEFAULT_WINDOW) / PAGE * PAGE,
+    }
 }
 
 /// The value of parameter `name`, if it was given.
