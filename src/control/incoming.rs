@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use super::job::Brake;
 use super::{Control, Error, NamedFds, build_machine, lock};
-use crate::config;
 use crate::migration::channel::{self, Channel, Fault, Listener};
 use crate::migration::clock::HostClock;
 use crate::migration::dest::Incoming;
@@ -17,9 +16,6 @@ use crate::vm::run_state::RunState;
 impl Control {
     /// Listens for a migration (`-incoming defer`); `fds` are the calling monitor's.
     pub fn migrate_incoming(self: &Arc<Self>, uri: &str, fds: &mut NamedFds) -> Result<(), Error> {
-        if matches!(self.config.incoming, Some(config::Incoming::Uri(_))) {
-            return Err(Error::new(ALREADY_STARTED));
-        }
         if self.config.incoming.is_none() {
             return Err(Error::new(
                 "'-incoming' was not specified on the command line",
@@ -34,7 +30,9 @@ impl Control {
         // Held to the end: of two monitors one is first.
         let mut job = self.job();
         if job.thread.is_some() || self.run_state() != RunState::InMigrate {
-            return Err(Error::new(ALREADY_STARTED));
+            return Err(Error::new(
+                "The incoming migration has already been started",
+            ));
         }
         self.lend_inherited(&uri, fds);
         let brake = Brake::new()?;
@@ -122,5 +120,3 @@ impl Control {
         Ok(())
     }
 }
-
-const ALREADY_STARTED: &str = "The incoming migration has already been started";

@@ -11,10 +11,11 @@ use std::time::Duration;
 
 use super::Error;
 use super::channel::Channel;
+use super::clock::HostClock;
 use super::dest::Incoming;
 use super::fake::{FakeGuest, Owners, Step};
 use super::handover::PointOfNoReturn;
-use super::memory_channel::{Faults, Link, SideClock, Way};
+use super::memory_channel::{Faults, Link, Recording, SideClock, Way};
 use super::source::{Limits, Outgoing};
 use super::stats::{Board, Snapshot, Status};
 use crate::vm::guest::Guest;
@@ -72,6 +73,19 @@ impl Setting {
             ..Self::new(kind)
         }
     }
+}
+
+/// Loads a stream that was kept.
+fn load(dest: &FakeGuest, board: &Board, stream: &[u8]) -> Result<RunState, Error> {
+    let order = Incoming {
+        guest: dest,
+        board,
+        clock: &HostClock::new(),
+        autostart: &Mutex::new(true),
+        point: &PointOfNoReturn::new(),
+        uuid: None,
+    };
+    order.run(Recording::of(stream))
 }
 
 fn migrate(source: &FakeGuest, dest: &FakeGuest, setting: &Setting) -> Outcome {

@@ -1,8 +1,8 @@
 //! `-e` and `-script`: monitor commands without an operator.
 //!
 //! One session executes them in order and prints to standard output; a migration in the
-//! foreground is waited for, one in the background (`migrate -d`) before the program ends. The first that fails ends the program with status 1, the last that
-//! succeeds with 0.
+//! foreground is waited for, one in the background (`migrate -d`) before the program ends. The
+//! first that fails ends the program with status 1, the last that succeeds with 0.
 
 use std::io;
 use std::sync::mpsc;

@@ -29,7 +29,7 @@ pub(super) struct State {
     /// The I/O APIC.
     pub(super) ioapic: IoApic,
     /// Master and slave PIC, if the machine has them.
-    pub(super) pics: Vec<Pic>,
+    pub(super) pics: Option<[Pic; CHIPS]>,
     /// The PIT, if the machine has one.
     pub(super) pit: Option<Pit>,
     /// The paravirtual clock.
@@ -68,8 +68,8 @@ impl State {
         Self {
             cpus,
             ioapic: IoApic::default(),
-            pics: vec![Pic::default(); if chips.pic { CHIPS } else { 0 }],
-            pit: chips.pit.then(Pit::at_reset),
+            pics: chips.pic.then(Default::default),
+            pit: chips.pit.then(Pit::default),
             clock: KvmClock::at(0),
         }
     }
@@ -83,7 +83,7 @@ impl State {
                 .map(|(cpu, apic)| (Some(cpu), Some(apic)))
                 .collect(),
             ioapic: Some(self.ioapic),
-            pics: pair(self.pics),
+            pics: self.pics.map_or([None, None], |pics| pics.map(Some)),
             pit: self.pit,
             clock: None,
         }
@@ -101,7 +101,7 @@ impl State {
         if let Some(new) = update.ioapic {
             self.ioapic = new;
         }
-        for (pic, new) in self.pics.iter_mut().zip(update.pics) {
+        for (pic, new) in self.pics.iter_mut().flatten().zip(update.pics) {
             if let Some(new) = new {
                 *pic = new;
             }
@@ -144,7 +144,7 @@ impl Accel {
             Self::Absent(state) => {
                 let state = lock(state);
                 let chips = Chips {
-                    pic: !state.pics.is_empty(),
+                    pic: state.pics.is_some(),
                     pit: state.pit.is_some(),
                 };
                 State::at_reset(state.cpus.len(), chips)
@@ -174,12 +174,6 @@ impl Accel {
                 .ok_or_else(|| no_vcpu(index)),
         }
     }
-}
-
-/// Both chips, or none.
-fn pair(pics: Vec<Pic>) -> [Option<Pic>; CHIPS] {
-    let mut pics = pics.into_iter();
-    std::array::from_fn(|_| pics.next())
 }
 
 fn no_vcpu(index: usize) -> Error {

@@ -6,7 +6,6 @@
 
 use super::*;
 use crate::migration::integrity::PROMISE;
-use crate::migration::memory_channel::Recording;
 use crate::migration::section::Command;
 use std::ops::Range;
 
@@ -130,7 +129,7 @@ fn stock_stream(owners: &Arc<Owners>) -> Vec<u8> {
     let link = Link::new(Faults::default());
     let setting = Setting::new(Kind::Silent);
     let (board, limits) = (Board::default(), || setting.limits);
-    let clock = crate::migration::clock::HostClock::new();
+    let clock = HostClock::new();
     let outgoing = Outgoing {
         guest: &source,
         limits: &limits,
@@ -209,16 +208,7 @@ fn every_truncated_file_is_refused() {
     for (bytes, is_stock) in cuts.chain([stock]) {
         let dest = blank_guest(&owners);
         let board = Board::default();
-        let clock = crate::migration::clock::HostClock::new();
-        let order = Incoming {
-            guest: &dest,
-            board: &board,
-            clock: &clock,
-            autostart: &Mutex::new(true),
-            point: &PointOfNoReturn::new(),
-            uuid: None,
-        };
-        let result = order.run(Recording::of(&bytes));
+        let result = load(&dest, &board, &bytes);
         if is_stock {
             assert_eq!(result.unwrap(), RunState::Running);
             assert_eq!(source.content(), dest.content());

@@ -2,7 +2,6 @@
 
 use super::cuts::eof_offset;
 use super::*;
-use crate::migration::memory_channel::Recording;
 
 fn flip(kind: Kind, way: Way, at: u64, mask: u8) {
     let owners = Arc::default();
@@ -67,22 +66,15 @@ fn a_second_flipped_bit_does_not_hide_the_first() {
     drop(dest);
     let mut stream = outcome.link.written(Way::Forth);
     let load = |stream: &[u8]| {
-        let dest = blank_guest(&owners);
-        let order = Incoming {
-            guest: &dest,
-            board: &Board::default(),
-            clock: &crate::migration::clock::HostClock::new(),
-            autostart: &Mutex::new(true),
-            point: &PointOfNoReturn::new(),
-            uuid: None,
-        };
-        order.run(Recording::of(stream)).map_err(|e| e.to_string())
+        let result = load(&blank_guest(&owners), &Board::default(), stream);
+        result.map_err(|error| error.to_string())
     };
     let eof = eof_offset(&stream) as usize;
     // A byte of a page that was not sent again.
     let in_a_page = (0..eof).rev().step_by(64).any(|at| {
         stream[at] ^= 1;
-        let is_page = load(&stream).is_err_and(|e| e.starts_with("Guest memory was corrupted"));
+        let is_page =
+            load(&stream).is_err_and(|text| text.starts_with("Guest memory was corrupted"));
         stream[at] ^= u8::from(!is_page);
         is_page
     });

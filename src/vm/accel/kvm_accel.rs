@@ -19,7 +19,7 @@ use crate::vm::cpuid::{self, Model};
 use crate::vm::device::apic::Apic;
 use crate::vm::device::bus::Bus;
 use crate::vm::device::i8254::Pit;
-use crate::vm::device::i8259;
+use crate::vm::device::i8259::{self, CHIPS, Pic};
 use crate::vm::device::ioapic::PINS;
 use crate::vm::device::kvmclock::KvmClock;
 use crate::vm::guest::Error;
@@ -142,7 +142,7 @@ impl Bare {
             at_reset,
             chips,
             clock: Mutex::default(),
-            pit: Mutex::new(chips.pit.then(Pit::at_reset)),
+            pit: Mutex::new(chips.pit.then(Pit::default)),
         })
     }
 }
@@ -177,7 +177,7 @@ impl KvmAccel {
         Ok(())
     }
 
-    /// Brings every vCPU to rest, and the guest's clock.
+    /// Brings every vCPU to rest, and the guest's clock and timer.
     pub(in crate::vm) fn stop(&self) -> Result<(), Error> {
         let ran: Vec<_> = self.vcpus.iter().filter(|vcpu| vcpu.pause()).collect();
         for vcpu in &self.vcpus {
@@ -210,7 +210,7 @@ impl KvmAccel {
         Ok(State {
             cpus,
             ioapic: get_ioapic(&self.vm)?,
-            pics: self.pics()?,
+            pics: self.read_pics()?,
             pit: lock(&self.pit).clone(),
             clock,
         })
@@ -295,16 +295,18 @@ impl KvmAccel {
         self.vcpus.get(index).map_or(0, Vcpu::thread_id)
     }
 
-    fn pics(&self) -> Result<Vec<i8259::Pic>, Error> {
-        let chips = if self.chips.pic { i8259::CHIPS } else { 0 };
-        (0..chips)
-            .map(|index| {
-                self.vm.pic(index).map_err(|source| Error::System {
-                    what: format!("i8259 {index}: KVM_GET_IRQCHIP"),
-                    source,
-                })
+    fn read_pics(&self) -> Result<Option<[Pic; CHIPS]>, Error> {
+        let read = |index| {
+            self.vm.pic(index).map_err(|source| Error::System {
+                what: format!("i8259 {index}: KVM_GET_IRQCHIP"),
+                source,
             })
-            .collect()
+        };
+        Ok(if self.chips.pic {
+            Some([read(0)?, read(1)?])
+        } else {
+            None
+        })
     }
 
     fn read_pit(&self) -> Result<Pit, Error> {
@@ -419,7 +421,7 @@ fn get_ioapic(vm: &Vm) -> Result<crate::vm::device::ioapic::IoApic, Error> {
 fn routing(has_pic: bool) -> Result<KvmIrqRouting, Error> {
     let mut entries = Vec::new();
     for line in 0..PINS as u32 {
-        if has_pic && line < (i8259::CHIPS * i8259::PINS) as u32 {
+        if has_pic && line < (CHIPS * i8259::PINS) as u32 {
             let (chip, pins) = match line {
                 0..8 => (KVM_IRQCHIP_PIC_MASTER, 0),
                 _ => (KVM_IRQCHIP_PIC_SLAVE, i8259::PINS as u32),

@@ -1,8 +1,10 @@
-//! Sections that QEMU sends and this machine has no device for: decoded by size, and dropped.
+//! Sections that QEMU sends and this machine has no device for: decoded, and dropped.
 //!
 //! Whether a guest minds depends on the section: bookkeeping of QEMU's own is dropped silently, a
 //! device the guest may have used (interrupt controller, timer chip, clock chip) with a warning.
 
+use super::i8254::Pit;
+use super::i8259::{CHIPS, Pic};
 use crate::vmstate::{Result, StateReader, Subsection, Visitor, VmState, load};
 
 /// Decodes and drops the section of that name, instance and version. `None`: not one of these.
@@ -60,7 +62,7 @@ const SECTIONS: [Section; 6] = [
     },
     Section::new::<TprOpt>(),
     Section {
-        instances: 2,
+        instances: CHIPS as u32,
         warn: true,
         ..Section::new::<Pic>()
     },
@@ -99,8 +101,6 @@ macro_rules! opaque {
 
 opaque!(FwCfg, "fw_cfg", 2, 6, "fw_cfg/dma" 0 8, "fw_cfg/acpi_mr" 1 24);
 opaque!(TprOpt, "kvm-tpr-opt", 1, 144);
-opaque!(Pic, "i8259", 1, 16, "i8259/ltim" 1 1);
-opaque!(Pit, "i8254", 3, 108);
 opaque!(Rtc, "mc146818rtc", 3, 245, "mc146818rtc/irq_reinject_on_ack_count" 1 2);
 
 /// QEMU's own view of a vCPU. With KVM the section `cpu` says all of it.

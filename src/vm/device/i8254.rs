@@ -54,9 +54,9 @@ struct Counter {
     next_transition: i64,
 }
 
-impl Pit {
-    /// The chip at reset, as QEMU has it: all counters run, 18.2 times a second.
-    pub(crate) fn at_reset() -> Self {
+impl Default for Pit {
+    /// The chip at reset, as QEMU has it: counters run full periods, 18.2 a second.
+    fn default() -> Self {
         let counter = |gate| Counter {
             count: FULL,
             latched_count: 0,
@@ -79,7 +79,9 @@ impl Pit {
         }
         .scheduled()
     }
+}
 
+impl Pit {
     /// KVM's state, read when the host's monotonic clock stood at `now` nanoseconds.
     pub(crate) fn from_kvm(state: &kvm_pit_state2, now: i64) -> Self {
         Self {
@@ -221,26 +223,26 @@ mod tests {
             mode,
             count,
             load_time: gone.wrapping_neg(),
-            ..Pit::at_reset().counters[0].clone()
+            ..Pit::default().counters[0].clone()
         }
     }
 
     #[test]
     fn state_is_108_bytes_and_loads() {
-        let mut pit = Pit::at_reset();
+        let mut pit = Pit::default();
         pit.counters[0] = counting(2, 11932, 5_000_000);
         pit.rebase(0);
         let bytes = save(&mut pit).unwrap();
         assert_eq!(bytes.len(), 108);
         assert_eq!(bytes[..8], [0, 0, 0, 0, 0, 0, 0x2e, 0x9c]);
-        let mut again = Pit::at_reset();
+        let mut again = Pit::default();
         load(&mut again, 3, &mut &bytes[..]).unwrap();
         assert_eq!(again, pit);
     }
 
     #[test]
     fn times_follow_the_clock_they_are_counted_by() {
-        let mut pit = Pit::at_reset();
+        let mut pit = Pit::default();
         pit.counters[0] = counting(2, 11932, 5_000_000);
         pit.rebase(0);
         let state = pit.to_kvm(1_000_000_000);

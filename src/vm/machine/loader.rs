@@ -69,7 +69,7 @@ impl DeviceLoader for Loader<'_> {
                 self.update.pics[index] = Some(decoded(Pic::default(), header, body)?);
             }
             Pit::NAME if index == 0 && self.machine.chips.pit => {
-                self.update.pit = Some(decoded(Pit::at_reset(), header, body)?);
+                self.update.pit = Some(decoded(Pit::default(), header, body)?);
             }
             VirtualClock::NAME if index == 0 => {
                 self.clock = decoded(VirtualClock::default(), header, body)?;

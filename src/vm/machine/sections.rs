@@ -54,7 +54,7 @@ impl Guest for Machine {
         }
         sections.push(saved(&mut state.ioapic, 0)?);
         sections.push(saved(&mut state.clock, 0)?);
-        for (index, pic) in state.pics.iter_mut().enumerate() {
+        for (index, pic) in state.pics.iter_mut().flatten().enumerate() {
             sections.push(saved(pic, index)?);
         }
         if let Some(pit) = &mut state.pit {
