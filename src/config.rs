@@ -64,12 +64,25 @@ pub struct MachineConfig {
 }
 
 /// Chips of `-M` that are there or not.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chips {
     /// `pic=on`: two 8259A.
     pub pic: bool,
     /// `pit=on`: an 8254.
     pub pit: bool,
+    /// `rtc=on`: an MC146818.
+    pub rtc: bool,
+}
+
+impl Default for Chips {
+    /// What `auto` means, as for a microvm of QEMU's with KVM.
+    fn default() -> Self {
+        Self {
+            pic: true,
+            pit: true,
+            rtc: false,
+        }
+    }
 }
 
 /// What executes guest instructions.

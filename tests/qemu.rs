@@ -54,6 +54,24 @@ const TICKS: &[u8] = &[
     0xb0, 0x20, 0xe6, 0x20, 0xcf,
 ];
 
+const PIC_AND_RTC: Shape = Shape {
+    properties: ",pic=on,rtc=on",
+    ..SPLIT
+};
+
+/// Real mode: sets PIC and clock chip up for 64 interrupts a second, and prints a dot at every
+/// eighth.
+const BEATS: &[u8] = &[
+    0xfa, 0x31, 0xc0, 0x8e, 0xd8, 0x8e, 0xd0, 0xbc, 0x00, 0x70, 0xc7, 0x06, 0xc0, 0x01, 0x54, 0x00,
+    0xc7, 0x06, 0xc2, 0x01, 0x00, 0xf0, 0xb0, 0x11, 0xe6, 0x20, 0xe6, 0xa0, 0xb0, 0x20, 0xe6, 0x21,
+    0xb0, 0x70, 0xe6, 0xa1, 0xb0, 0x04, 0xe6, 0x21, 0xb0, 0x02, 0xe6, 0xa1, 0xb0, 0x01, 0xe6, 0x21,
+    0xe6, 0xa1, 0xb0, 0xfb, 0xe6, 0x21, 0xb0, 0xfe, 0xe6, 0xa1, 0xb0, 0x0a, 0xe6, 0x70, 0xb0, 0x2a,
+    0xe6, 0x71, 0xb0, 0x0b, 0xe6, 0x70, 0xb0, 0x42, 0xe6, 0x71, 0xb0, 0x0c, 0xe6, 0x70, 0xe4, 0x71,
+    0xfb, 0xf4, 0xeb, 0xfd, 0xb0, 0x0c, 0xe6, 0x70, 0xe4, 0x71, 0xfe, 0x06, 0x00, 0x10, 0x80, 0x3e,
+    0x00, 0x10, 0x08, 0x72, 0x0b, 0xc6, 0x06, 0x00, 0x10, 0x00, 0xba, 0xf8, 0x03, 0xb0, 0x2e, 0xee,
+    0xb0, 0x20, 0xe6, 0xa0, 0xe6, 0x20, 0xcf,
+];
+
 impl Shape {
     fn setup(self, program: Program) -> Setup {
         Setup::new(program)
@@ -159,14 +177,14 @@ fn masks_arrive(to: Program) {
     goes_on(&[&source, &dest]);
 }
 
-/// A guest that lives by the PIT's interrupts goes on counting them at the same rate, to `to` and
-/// back, and does not make up for the time in which it was saved.
-fn ticks(to: Program) {
+/// A guest that lives by the interrupts of the PIT or of the clock chip goes on counting them at the
+/// same rate, to `to` and back, and does not make up for the time in which it was saved.
+fn ticks(to: Program, shape: Shape, guest: &[u8]) {
     if !have(&[Hmpsh, to]) {
         return;
     }
-    let bios = firmware(TICKS);
-    let setup = |program| PIC_AND_PIT.setup(program).bios(bios.path());
+    let bios = firmware(guest);
+    let setup = |program| shape.setup(program).bios(bios.path());
     let mut a = setup(Hmpsh).start();
     check_rate(&a);
     let mut b = setup(to).incoming("tcp:127.0.0.1:0").start();
@@ -181,7 +199,29 @@ fn ticks(to: Program) {
     check_rate(&c);
 }
 
-/// Dots come ten a second, give or take what a busy machine does to time. (A PIT at reset would give
+/// The clock chip goes on from the date that it was set to.
+fn date_arrives(to: Program) {
+    if !have(&[Hmpsh, to]) {
+        return;
+    }
+    let mut source = PIC_AND_RTC.setup(Hmpsh).start();
+    source.wait_beacons(5);
+    let year = |vm: &mut Vmm| {
+        vm.quiet("o /b 0x70 9");
+        vm.command("i /b 0x71")
+    };
+    let here = year(&mut source);
+    source.quiet("o /b 0x71 0x99");
+    let mut dest = PIC_AND_RTC.setup(to).incoming("tcp:127.0.0.1:0").start();
+    let port = dest.port();
+    migrate(&mut source, &format!("tcp:127.0.0.1:{port}"));
+    dest.wait_status("running");
+    let there = year(&mut dest);
+    assert!(there.contains("= 0x99"), "{here}{there}");
+    goes_on(&[&source, &dest]);
+}
+
+/// Dots come eight or ten a second, give or take what a busy machine does to time. (A PIT at reset would give
 /// fewer than two.)
 #[track_caller]
 fn check_rate(vm: &Vmm) {
@@ -253,9 +293,14 @@ cells! {
     live_from_10_0_with_pic: to_and_fro(Qemu10, Hmpsh, PIC, &[]);
     live_to_7_2_and_back_with_pic_and_pit: to_and_fro(Hmpsh, Qemu7, PIC_AND_PIT, &[]);
     live_from_10_0_with_pic_and_pit: to_and_fro(Qemu10, Hmpsh, PIC_AND_PIT, &[]);
-    ticks_go_on_at_7_2_and_back: ticks(Qemu7);
-    ticks_go_on_at_10_0_and_back: ticks(Qemu10);
-    ticks_go_on_at_hmpsh: ticks(Hmpsh);
+    ticks_go_on_at_7_2_and_back: ticks(Qemu7, PIC_AND_PIT, TICKS);
+    ticks_go_on_at_10_0_and_back: ticks(Qemu10, PIC_AND_PIT, TICKS);
+    ticks_go_on_at_hmpsh: ticks(Hmpsh, PIC_AND_PIT, TICKS);
+    clock_interrupts_go_on_at_7_2_and_back: ticks(Qemu7, PIC_AND_RTC, BEATS);
+    clock_interrupts_go_on_at_10_0_and_back: ticks(Qemu10, PIC_AND_RTC, BEATS);
+    clock_interrupts_go_on_at_hmpsh: ticks(Hmpsh, PIC_AND_RTC, BEATS);
+    date_arrives_at_7_2: date_arrives(Qemu7);
+    date_arrives_at_10_0: date_arrives(Qemu10);
     masks_arrive_at_7_2: masks_arrive(Qemu7);
     masks_arrive_at_10_0: masks_arrive(Qemu10);
     over_unix_to_7_2: over_unix(Hmpsh, Qemu7);

@@ -58,21 +58,20 @@ pub(super) fn machine(draft: &mut Draft, value: &str) -> Answer {
     if let Some(acpi) = list.take("acpi") {
         machine.implies_acpi_off = false;
         // Written out or left to the machine: it is off.
-        if is_on("acpi", &acpi)? {
+        if is_on("acpi", &acpi, false)? {
             return Err("acpi=on: not built in this version".to_owned());
         }
     }
-    let mut is_wanted = |name| {
+    let mut chip = |name, auto| {
         list.take(name)
-            .map_or(Ok(false), |value| is_on(name, &value))
+            .map_or(Ok(auto), |value| is_on(name, &value, auto))
     };
+    let default = Chips::default();
     machine.chips = Chips {
-        pic: is_wanted("pic")?,
-        pit: is_wanted("pit")?,
+        pic: chip("pic", default.pic)?,
+        pit: chip("pit", default.pit)?,
+        rtc: chip("rtc", default.rtc)?,
     };
-    if is_wanted("rtc")? {
-        return Err("rtc=on: not built in this version".to_owned());
-    }
     match list.take("kernel-irqchip").as_deref() {
         None | Some("on" | "split") => {}
         Some("off") => return Err("kernel-irqchip=off: not built in this version".to_owned()),
@@ -97,11 +96,12 @@ pub(super) fn machine(draft: &mut Draft, value: &str) -> Answer {
     }
 }
 
-/// Reads an on-off-auto property; auto is off: what would be switched on is not built.
-fn is_on(name: &str, value: &str) -> Result<bool, String> {
+/// Reads an on-off-auto property.
+fn is_on(name: &str, value: &str, auto: bool) -> Result<bool, String> {
     match value {
         "on" => Ok(true),
-        "off" | "auto" => Ok(false),
+        "off" => Ok(false),
+        "auto" => Ok(auto),
         _ => Err(format!(
             "Parameter '{name}' does not accept value '{value}'"
         )),

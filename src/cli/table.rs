@@ -66,7 +66,7 @@ pub(super) const OPTIONS: &[Row] = &[
         "microvm[,prop=value...]",
         "choose the machine and its properties",
         "There is one machine, microvm. Properties: acpi=off (implied; on is not built), \
-         pic and pit=on|off (auto, the default, is off), rtc=off|auto (on is not built), \
+         pic=on|off, pit=on|off and rtc=on|off (auto, the default, is on, on and off), \
          isa-serial=on|off, kernel-irqchip=on|split (both are realised in the kernel; the \
          migration stream is the same), memory-backend=ID, auto-kernel-cmdline=on|off, accel=kvm|none.",
         machine::machine,

@@ -65,16 +65,16 @@ fn nothing_means_the_defaults() {
 #[test]
 fn machine_options_reach_the_machine() {
     for line in [
-        "-M microvm,acpi=off,pic=off,pit=auto,rtc=off,isa-serial=on,kernel-irqchip=split",
+        "-M microvm,acpi=off,pic=on,pit=auto,rtc=off,isa-serial=on,kernel-irqchip=split",
         "--machine type=microvm,acpi=off,kernel-irqchip=on,auto-kernel-cmdline=off",
         "-M microvm",
     ] {
         assert_eq!(config(line).machine, config("").machine, "{line}");
     }
-    let chips = config("-M microvm,pic=on,pit=auto").machine.chips;
-    assert!(chips.pic && !chips.pit);
-    let chips = config("-M microvm,pic=off,pit=on").machine.chips;
-    assert!(!chips.pic && chips.pit);
+    let chips = config("-M microvm,pic=off,rtc=on").machine.chips;
+    assert!(!chips.pic && chips.pit && chips.rtc);
+    let chips = config("-M microvm,pit=off,rtc=auto").machine.chips;
+    assert!(chips.pic && !chips.pit && !chips.rtc);
     let machine = config(
         "-M microvm,accel=none -cpu host -m 1.5G -smp cpus=4 \
                           -uuid 00112233-4455-6677-8899-aabbccddeeff -append window=64M",
@@ -438,7 +438,6 @@ fn what_is_not_built_is_refused_by_name() {
         ("inspect file", "inspect"),
         ("disk.img", "disk.img: disk images"),
         ("-M microvm,acpi=on", "-M microvm,acpi=on: acpi=on"),
-        ("-M microvm,rtc=on", "-M microvm,rtc=on: rtc=on"),
         (
             "-M microvm,kernel-irqchip=off",
             "-M microvm,kernel-irqchip=off: kernel-irqchip=off",

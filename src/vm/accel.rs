@@ -146,6 +146,7 @@ impl Accel {
                 let chips = Chips {
                     pic: state.pics.is_some(),
                     pit: state.pit.is_some(),
+                    rtc: false,
                 };
                 State::at_reset(state.cpus.len(), chips)
             }

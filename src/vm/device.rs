@@ -7,5 +7,6 @@ pub(crate) mod i8254;
 pub(crate) mod i8259;
 pub(crate) mod ioapic;
 pub(crate) mod kvmclock;
+pub(crate) mod rtc;
 pub(crate) mod serial;
 pub(crate) mod timer;

@@ -16,6 +16,8 @@ use super::backend;
 use super::boot::Program;
 use super::cpuid::Model;
 use super::device::bus::Bus;
+use super::device::bus::IrqLine;
+use super::device::rtc::{self, Rtc};
 use super::device::serial::{self, Serial};
 use super::device::{apic, i8254, i8259, ioapic};
 use super::dirty::MachineLog;
@@ -40,7 +42,6 @@ pub struct Machine {
     accel: Accel,
     map: Arc<Map>,
     log: MachineLog,
-    serial: Option<Arc<Serial>>,
     bus: Arc<Bus>,
     program: Program,
     vcpus: usize,
@@ -124,9 +125,9 @@ impl Machine {
             itself: &itself,
             reports: &reports,
         };
-        let (accel, vm, serial, bus) = match kvm {
+        let (accel, vm, bus) = match kvm {
             Some(kvm) => parts.with_kvm(kvm, serial)?,
-            None => parts.without_kvm(serial),
+            None => parts.without_kvm(serial)?,
         };
         let run_state = if incoming {
             RunState::InMigrate
@@ -137,7 +138,6 @@ impl Machine {
             accel,
             log: MachineLog::new(Arc::clone(&map), vm),
             map,
-            serial,
             bus,
             program,
             vcpus: usize::from(vcpus),
@@ -253,13 +253,12 @@ impl Machine {
         if self.chips.pit {
             entries.push(device(i8254::PORT.into(), i8254::PORTS, "pit", true));
         }
-        if self.serial.is_some() {
-            entries.push(device(
-                u64::from(serial::PORT),
-                u64::from(serial::PORTS),
-                "serial",
-                true,
-            ));
+        if self.bus.rtc.is_some() {
+            entries.push(device(rtc::PORT.into(), rtc::PORTS.into(), "rtc", true));
+        }
+        if self.bus.serial.is_some() {
+            let ports = serial::PORTS.into();
+            entries.push(device(serial::PORT.into(), ports, "serial", true));
         }
         entries.sort_by_key(|entry| (entry.is_port, entry.start));
         entries
@@ -276,13 +275,8 @@ struct Parts<'a> {
     reports: &'a Arc<Reports>,
 }
 
-/// Accelerator, its virtual machine, COM1 and the ports.
-type Built = (
-    Accel,
-    Option<accel::SharedVm>,
-    Option<Arc<Serial>>,
-    Arc<Bus>,
-);
+/// Accelerator, its virtual machine, and the devices.
+type Built = (Accel, Option<accel::SharedVm>, Arc<Bus>);
 
 impl Parts<'_> {
     fn with_kvm(
@@ -292,28 +286,44 @@ impl Parts<'_> {
     ) -> Result<Built, Error> {
         let bare = accel::Bare::new(kvm, self.map, self.chips)?;
         let vm = Arc::clone(bare.vm());
-        let lines = Arc::clone(&vm);
-        let serial = chardev.map(|chardev| {
-            let irq = move |level| {
-                if let Err(error) = lines.fd().set_irq_line(serial::IRQ, level) {
-                    log::error!("KVM_IRQ_LINE {}: {error}", serial::IRQ);
+        let bus = self.bus(chardev, &|irq| {
+            let vm = Arc::clone(&vm);
+            Box::new(move |level| {
+                if let Err(error) = vm.fd().set_irq_line(irq, level) {
+                    log::error!("KVM_IRQ_LINE {irq}: {error}");
                 }
-            };
-            Serial::new(chardev, Box::new(irq))
-        });
-        let bus = Arc::new(Bus::new(serial.clone()));
+            })
+        })?;
         let (itself, reports) = (Arc::clone(self.itself), Arc::clone(self.reports));
         let reporter: Reporter =
             Arc::new(move |report| power::accept(&reports, itself.get(), report));
         let kvm = bare.populate(self.model, u32::from(self.vcpus), &bus, &reporter)?;
-        Ok((Accel::Kvm(Box::new(kvm)), Some(vm), serial, bus))
+        Ok((Accel::Kvm(Box::new(kvm)), Some(vm), bus))
     }
 
-    fn without_kvm(&self, chardev: Option<Arc<dyn Chardev>>) -> Built {
-        let serial = chardev.map(|chardev| Serial::new(chardev, Box::new(|_| ())));
-        let bus = Arc::new(Bus::new(serial.clone()));
+    fn without_kvm(&self, chardev: Option<Arc<dyn Chardev>>) -> Result<Built, Error> {
+        let bus = self.bus(chardev, &|_| Box::new(|_| ()))?;
         let accel = Accel::absent(usize::from(self.vcpus), self.chips);
-        (accel, None, serial, bus)
+        Ok((accel, None, bus))
+    }
+
+    /// The devices, each with the interrupt line that `line` makes of a number.
+    fn bus(
+        &self,
+        chardev: Option<Arc<dyn Chardev>>,
+        line: &dyn Fn(u32) -> IrqLine,
+    ) -> Result<Arc<Bus>, Error> {
+        let [low_ram, high_ram] = self.map.ram();
+        let rtc = || {
+            Rtc::new(low_ram, high_ram, line(rtc::IRQ)).map_err(|source| Error::System {
+                what: "mc146818rtc".to_owned(),
+                source,
+            })
+        };
+        Ok(Arc::new(Bus {
+            serial: chardev.map(|chardev| Serial::new(chardev, line(serial::IRQ))),
+            rtc: self.chips.rtc.then(rtc).transpose()?,
+        }))
     }
 }
 

@@ -119,6 +119,13 @@ impl Map {
         &self.windows
     }
 
+    /// Bytes of RAM below 4 GiB and above.
+    pub(super) fn ram(&self) -> [u64; 2] {
+        let ram = self.blocks[RAM].len();
+        let low = ram.min(LOW_RAM_END);
+        [low, ram - low]
+    }
+
     /// Guest memory by guest-physical address; writes are marked.
     pub(super) fn memory(&self) -> &GuestMemoryMmap<WriteLog> {
         &self.memory

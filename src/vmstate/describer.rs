@@ -33,6 +33,7 @@ impl Describer {
     }
 
     fn into_members(mut self) -> Map<String, Value> {
+        number_namesakes(&mut self.fields);
         self.head.insert("fields".to_owned(), self.fields.into());
         if !self.subsections.is_empty() {
             self.head
@@ -46,6 +47,17 @@ impl Describer {
         entry.insert("size".to_owned(), size.into());
         self.fields.push(entry.into());
         self.size += size * array.unwrap_or(1);
+    }
+}
+
+/// Fields of one name are told apart by an index, as readers of the description expect.
+fn number_namesakes(fields: &mut [Value]) {
+    let names: Vec<Value> = fields.iter().map(|field| field["name"].clone()).collect();
+    for (at, (field, name)) in fields.iter_mut().zip(&names).enumerate() {
+        let namesakes = |of: &[Value]| of.iter().filter(|other| *other == name).count();
+        if let Some(name) = name.as_str().filter(|_| namesakes(&names) > 1) {
+            field["name"] = format!("{name}[{}]", namesakes(&names[..at])).into();
+        }
     }
 }
 

@@ -3,19 +3,33 @@
 //! Devices here are one byte wide; a wider access is one access per byte. Nobody home: port reads
 //! are all ones, memory reads zero, writes are lost, as on QEMU's microvm.
 
+use std::ops::Range;
 use std::sync::Arc;
 
-use super::serial::{PORT, PORTS, Serial};
+use super::rtc::{self, Rtc};
+use super::serial::{self, Serial};
+
+/// Drives an interrupt line. Called with every change of level.
+pub(crate) type IrqLine = Box<dyn Fn(bool) + Send + Sync>;
 
 /// Devices by address.
+#[derive(Default)]
 pub(crate) struct Bus {
-    serial: Option<Arc<Serial>>,
+    /// COM1.
+    pub(crate) serial: Option<Arc<Serial>>,
+    /// The clock chip.
+    pub(crate) rtc: Option<Rtc>,
 }
 
 impl Bus {
-    /// The ports of a machine, perhaps with COM1.
-    pub(crate) fn new(serial: Option<Arc<Serial>>) -> Self {
-        Self { serial }
+    /// The guest starts or stops.
+    pub(crate) fn set_running(&self, running: bool) {
+        if let Some(serial) = &self.serial {
+            serial.set_running(running);
+        }
+        if let Some(rtc) = &self.rtc {
+            rtc.set_running(running);
+        }
     }
 
     /// Port input, units of `size` bytes from the same port.
@@ -37,25 +51,26 @@ impl Bus {
     }
 
     fn read(&self, port: u16) -> u8 {
-        self.serial_at(port)
-            .map_or(0xff, |(serial, register)| serial.read(register))
-    }
-
-    fn write(&self, port: u16, value: u8) {
-        if let Some((serial, register)) = self.serial_at(port) {
-            serial.write(register, value);
+        match (&self.serial, &self.rtc) {
+            (Some(serial), _) if SERIAL.contains(&port) => serial.read((port - serial::PORT) as u8),
+            (_, Some(rtc)) if RTC.contains(&port) => rtc.read((port - rtc::PORT) as u8),
+            _ => 0xff,
         }
     }
 
-    fn serial_at(&self, port: u16) -> Option<(&Serial, u8)> {
-        let register = port
-            .checked_sub(PORT)
-            .filter(|register| *register < PORTS)?;
-        self.serial
-            .as_deref()
-            .map(|serial| (serial, register as u8))
+    fn write(&self, port: u16, value: u8) {
+        match (&self.serial, &self.rtc) {
+            (Some(serial), _) if SERIAL.contains(&port) => {
+                serial.write((port - serial::PORT) as u8, value);
+            }
+            (_, Some(rtc)) if RTC.contains(&port) => rtc.write((port - rtc::PORT) as u8, value),
+            _ => {}
+        }
     }
 }
+
+const SERIAL: Range<u16> = serial::PORT..serial::PORT + serial::PORTS;
+const RTC: Range<u16> = rtc::PORT..rtc::PORT + rtc::PORTS;
 
 #[cfg(test)]
 mod tests {
@@ -63,7 +78,7 @@ mod tests {
 
     #[test]
     fn nobody_home() {
-        let bus = Bus::new(None);
+        let bus = Bus::default();
         let mut data = [0; 8];
         bus.input(0x3f8, 4, &mut data);
         assert_eq!(data, [0xff; 8]);

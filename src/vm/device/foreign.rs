@@ -32,6 +32,20 @@ pub(crate) fn drop_section(
     Some((known.load)(version, body))
 }
 
+/// What the operator of a QEMU can change if a section comes that this machine does not take.
+pub(crate) fn advice(idstr: &str, instance: u32) -> &'static str {
+    match idstr {
+        "cpu" | "cpu_common" | "apic" => " (use the source's -smp)",
+        "ioapic" if instance > 0 => " (start QEMU with -M microvm,acpi=off)",
+        "acpi-ged" => " (start QEMU with -M microvm,acpi=off)",
+        "0000:00:00.0/gpex_root" | "PCIHost" | "PCIBUS" => " (start QEMU with -M microvm,pcie=off)",
+        "slirp" => " (start QEMU with -nic none)",
+        "serial" => " (give this machine a -serial, or start QEMU without)",
+        _ if idstr.starts_with("virtio-mmio@") => " (start QEMU without this -device)",
+        _ => "",
+    }
+}
+
 /// One section that is dropped.
 struct Section {
     name: &'static str,
@@ -72,7 +86,7 @@ const SECTIONS: [Section; 6] = [
     },
     Section {
         warn: true,
-        ..Section::new::<Rtc>()
+        ..Section::new::<RtcSection>()
     },
 ];
 
@@ -101,7 +115,7 @@ macro_rules! opaque {
 
 opaque!(FwCfg, "fw_cfg", 2, 6, "fw_cfg/dma" 0 8, "fw_cfg/acpi_mr" 1 24);
 opaque!(TprOpt, "kvm-tpr-opt", 1, 144);
-opaque!(Rtc, "mc146818rtc", 3, 245, "mc146818rtc/irq_reinject_on_ack_count" 1 2);
+opaque!(RtcSection, "mc146818rtc", 3, 245, "mc146818rtc/irq_reinject_on_ack_count" 1 2);
 
 /// QEMU's own view of a vCPU. With KVM the section `cpu` says all of it.
 #[derive(Default)]

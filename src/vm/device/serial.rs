@@ -10,6 +10,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use self::uart::Uart;
+use super::bus::IrqLine;
 use crate::chardev::{Chardev, Incoming};
 use crate::vmstate::{Result, Visitor, VmState};
 
@@ -22,9 +23,6 @@ pub(crate) const IRQ: u32 = 4;
 
 /// Most bytes kept for the receiver: what a chardev had under way when it was told to hold back.
 const WAITING_MAX: usize = 64 << 10;
-
-/// Drives the interrupt line. Called with every change of level.
-pub(crate) type IrqLine = Box<dyn Fn(bool) + Send + Sync>;
 
 /// The device.
 pub(crate) struct Serial {

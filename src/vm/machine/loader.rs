@@ -9,6 +9,7 @@ use crate::vm::device::i8254::Pit;
 use crate::vm::device::i8259::{CHIPS, Pic};
 use crate::vm::device::ioapic::IoApic;
 use crate::vm::device::kvmclock::KvmClock;
+use crate::vm::device::rtc::Registers as RtcRegisters;
 use crate::vm::device::serial::SerialSection;
 use crate::vm::device::serial::uart::Uart;
 use crate::vm::device::timer::VirtualClock;
@@ -20,6 +21,7 @@ pub(super) struct Loader<'a> {
     machine: &'a Machine,
     update: Update,
     serial: Option<Uart>,
+    rtc: Option<RtcRegisters>,
     /// What a stock source's clock showed when its guest stopped.
     clock: VirtualClock,
     /// What a section leaves out keeps its value at reset.
@@ -36,6 +38,7 @@ impl<'a> Loader<'a> {
             machine,
             update,
             serial: None,
+            rtc: None,
             clock: VirtualClock::default(),
             at_reset: machine.accel.reset_state(),
         }
@@ -74,7 +77,10 @@ impl DeviceLoader for Loader<'_> {
             VirtualClock::NAME if index == 0 => {
                 self.clock = decoded(VirtualClock::default(), header, body)?;
             }
-            SerialSection::NAME if index == 0 && self.machine.serial.is_some() => {
+            RtcRegisters::NAME if index == 0 && self.machine.bus.rtc.is_some() => {
+                self.rtc = Some(decoded(RtcRegisters::incoming(), header, body)?);
+            }
+            SerialSection::NAME if index == 0 && self.machine.bus.serial.is_some() => {
                 let section = decoded(SerialSection(Uart::incoming()), header, body)?;
                 self.serial = Some(section.0);
             }
@@ -85,7 +91,8 @@ impl DeviceLoader for Loader<'_> {
                     return Err(Error::Section(format!(
                         "Unknown savevm section or instance '{idstr}' {instance}. Make sure that \
                          your current VM setup matches your saved VM setup, including any \
-                         hotplugged devices"
+                         hotplugged devices{}",
+                        foreign::advice(idstr, *instance)
                     )));
                 };
                 dropped.map_err(|error| refused(header, &error))?;
@@ -104,6 +111,7 @@ impl DeviceLoader for Loader<'_> {
                 KvmClock::NAME => self.update.clock.is_some(),
                 Pic::NAME => self.update.pics[index].is_some(),
                 Pit::NAME => self.update.pit.is_some(),
+                RtcRegisters::NAME => self.rtc.is_some(),
                 _ => self.serial.is_some(),
             }
         };
@@ -130,7 +138,10 @@ impl DeviceLoader for Loader<'_> {
         }
         self.machine.accel.restore(update)?;
         // After the I/O APIC: restoring a device drives its interrupt line.
-        if let (Some(serial), Some(uart)) = (&self.machine.serial, self.serial) {
+        if let (Some(rtc), Some(chip)) = (&self.machine.bus.rtc, self.rtc) {
+            rtc.restore(chip);
+        }
+        if let (Some(serial), Some(uart)) = (&self.machine.bus.serial, self.serial) {
             serial.restore(uart);
         }
         Ok(())

@@ -170,7 +170,10 @@ impl Machine {
     fn try_load_reset(&self) -> Result<(), Error> {
         self.reports.take();
         self.accel.restore(self.accel.reset_state().into_reset())?;
-        if let Some(serial) = &self.serial {
+        if let Some(rtc) = &self.bus.rtc {
+            rtc.reset();
+        }
+        if let Some(serial) = &self.bus.serial {
             serial.restore(Default::default());
         }
         self.boot()?;
@@ -194,9 +197,7 @@ impl Machine {
                 "This machine can not run: it has no accelerator (-accel none)".to_owned(),
             ));
         };
-        if let Some(serial) = &self.serial {
-            serial.set_running(true);
-        }
+        self.bus.set_running(true);
         kvm.start()
     }
 
@@ -204,9 +205,7 @@ impl Machine {
         if let Some(kvm) = self.accel.kvm() {
             kvm.stop()?;
         }
-        if let Some(serial) = &self.serial {
-            serial.set_running(false);
-        }
+        self.bus.set_running(false);
         Ok(())
     }
 

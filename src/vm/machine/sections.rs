@@ -10,6 +10,7 @@ use crate::vm::device::i8254::Pit;
 use crate::vm::device::i8259::{CHIPS, Pic};
 use crate::vm::device::ioapic::IoApic;
 use crate::vm::device::kvmclock::KvmClock;
+use crate::vm::device::rtc::Registers as RtcRegisters;
 use crate::vm::device::serial::SerialSection;
 use crate::vm::dirty::DirtyLog;
 use crate::vm::guest::{DeviceLoader, Error, Guest, SavedSection, SectionHeader};
@@ -60,7 +61,10 @@ impl Guest for Machine {
         if let Some(pit) = &mut state.pit {
             sections.push(saved(pit, 0)?);
         }
-        if let Some(serial) = &self.serial {
+        if let Some(rtc) = &self.bus.rtc {
+            sections.push(saved(&mut rtc.state(), 0)?);
+        }
+        if let Some(serial) = &self.bus.serial {
             sections.push(saved(&mut SerialSection(serial.state()), 0)?);
         }
         Ok(sections)
@@ -80,7 +84,10 @@ impl Guest for Machine {
         if self.chips.pit {
             headers.push(header::<Pit>(0));
         }
-        if self.serial.is_some() {
+        if self.bus.rtc.is_some() {
+            headers.push(header::<RtcRegisters>(0));
+        }
+        if self.bus.serial.is_some() {
             headers.push(header::<SerialSection>(0));
         }
         headers

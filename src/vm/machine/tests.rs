@@ -71,6 +71,19 @@ fn config(bios: PathBuf) -> MachineConfig {
     }
 }
 
+/// All that `-M` can switch on.
+const EVERY_CHIP: Chips = Chips {
+    pic: true,
+    pit: true,
+    rtc: true,
+};
+/// All that it can switch off.
+const NO_CHIP: Chips = Chips {
+    pic: false,
+    pit: false,
+    rtc: false,
+};
+
 /// Without KVM: says so and ends the test, unless the environment demands KVM.
 fn has_kvm() -> bool {
     let found = std::fs::OpenOptions::new()
@@ -456,7 +469,8 @@ fn several_vcpus_wait_for_the_first() {
         .map(|h| format!("{} {}", h.idstr, h.instance))
         .collect();
     assert_eq!(names[..4], ["cpu 0", "apic 0", "cpu 1", "apic 1"]);
-    assert_eq!(names[8..], ["ioapic 0", "kvmclock 0", "serial 0"]);
+    assert_eq!(names[8..10], ["ioapic 0", "kvmclock 0"]);
+    assert_eq!(names[10..], ["i8259 0", "i8259 1", "i8254 0", "serial 0"]);
     assert!(bench.machine.registers(4).is_err());
     bench.machine.start().unwrap();
     bench.wire.wait_for_more(1);
@@ -510,9 +524,13 @@ fn ports_map_and_addresses() {
     let config = MachineConfig {
         accel: Some(WantedAccel::None),
         memory: 5 << 30,
+        chips: EVERY_CHIP,
         ..config(bios.path().to_owned())
     };
     let machine = Bench::new(&config, false).machine;
+    // The clock chip tells firmware of the memory above 4 GiB, in units of 64 KiB.
+    machine.write_port(0x70, 1, 0x5c);
+    assert_eq!(machine.read_port(0x70, 2), 0x80ff);
     assert_eq!(machine.read_port(0x80, 4), 0xffff_ffff);
     assert_eq!(machine.read_port(0x80, 1), 0xff);
     assert_eq!(machine.read_port(0x3fd, 1), 0x60);
@@ -529,7 +547,13 @@ fn ports_map_and_addresses() {
             ("kvm-apic-msi", 0xfee0_0000),
             ("pc.bios", 0xffff_0000),
             ("microvm.ram", 1 << 32),
+            ("pic", 0x20),
+            ("pit", 0x40),
+            ("rtc", 0x70),
+            ("pic", 0xa0),
             ("serial", 0x3f8),
+            ("elcr", 0x4d0),
+            ("elcr", 0x4d1),
         ]
     );
     let (host, block, offset) = machine.host_address((1 << 32) + 5).unwrap();
@@ -646,7 +670,7 @@ fn a_vcpu_thread_that_ended_is_waited_for_by_nobody() {
     let vm = kvm_ioctls::Kvm::new().unwrap().create_vm().unwrap();
     let fd = vm.create_vcpu(0).unwrap();
     let reporter: Reporter = Arc::new(|_| ());
-    let vcpu = Vcpu::spawn(0, fd, Arc::new(Bus::new(None)), reporter).unwrap();
+    let vcpu = Vcpu::spawn(0, fd, Arc::new(Bus::default()), reporter).unwrap();
     assert_eq!(vcpu.with(|_| Ok(7)).unwrap(), 7);
     let broken = vcpu.with(|_| -> Result<(), Error> { std::panic::resume_unwind(Box::new(())) });
     for result in [broken, vcpu.with(|_| Ok(()))] {

@@ -199,13 +199,25 @@ fn unknown_sections_and_versions_are_refused_in_qemus_words() {
     let bios = image(COUNTER);
     let config = MachineConfig {
         accel: Some(WantedAccel::None),
+        chips: EVERY_CHIP,
         ..config(bios.path().to_owned())
     };
     let bench = Bench::new(&config, true);
     let mut loader = bench.machine.loader();
     assert_eq!(
         loader.missing(),
-        ["cpu 0", "apic 0", "ioapic 0", "kvmclock 0", "serial 0"].map(str::to_owned)
+        [
+            "cpu 0",
+            "apic 0",
+            "ioapic 0",
+            "kvmclock 0",
+            "i8259 0",
+            "i8259 1",
+            "i8254 0",
+            "mc146818rtc 0",
+            "serial 0"
+        ]
+        .map(str::to_owned)
     );
     let zeros = vec![0; 4096];
     let mut refused = |header: SectionHeader| {
@@ -214,12 +226,21 @@ fn unknown_sections_and_versions_are_refused_in_qemus_words() {
             .unwrap_err()
             .to_string()
     };
-    for (idstr, instance) in [("hpet", 0), ("cpu", 1), ("ioapic", 1), ("cpu_common", 1)] {
+    for (idstr, instance, advice) in [
+        ("hpet", 0, ""),
+        ("cpu", 1, " (use the source's -smp)"),
+        ("cpu_common", 1, " (use the source's -smp)"),
+        ("ioapic", 1, " (start QEMU with -M microvm,acpi=off)"),
+        ("acpi-ged", 0, " (start QEMU with -M microvm,acpi=off)"),
+        ("PCIHost", 0, " (start QEMU with -M microvm,pcie=off)"),
+        ("slirp", 0, " (start QEMU with -nic none)"),
+    ] {
         assert_eq!(
             refused(header(idstr, instance, 1)),
             format!(
                 "Unknown savevm section or instance '{idstr}' {instance}. Make sure that your \
-                 current VM setup matches your saved VM setup, including any hotplugged devices"
+                 current VM setup matches your saved VM setup, including any hotplugged \
+                 devices{advice}"
             )
         );
     }
