@@ -370,7 +370,7 @@ fn source() -> (Terminal, PathBuf, PathBuf) {
     let (log, monitor) = (dir.join("serial"), dir.join("monitor"));
     std::fs::File::create(&log).unwrap();
     let mut command = hmpsh(&["-cpu", "qemu64", "-m", "64M", "-monitor", "stdio"]);
-    command.args(["-M", "microvm,acpi=off,kernel-irqchip=on"]);
+    command.args(["-M", "microvm,acpi=off,pic=off,pit=off"]);
     command.args(["-append", "window=4M smp=1", "-monitor", &socket(&monitor)]);
     command
         .arg("-serial")

@@ -255,7 +255,7 @@ impl DeviceLoader for Loader<'_> {
         let index = header.instance as usize;
         let slot = self.values.get_mut(index).filter(|_| header.idstr == "toy");
         let slot = slot.ok_or_else(|| {
-            Error::Section(super::section::unknown_section(
+            Error::Section(crate::vm::guest::unknown_section(
                 &header.idstr,
                 header.instance,
             ))

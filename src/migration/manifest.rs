@@ -6,8 +6,8 @@
 //! ```
 //! Payload of the command MANIFEST (`docs/wire.md`). QEMU has nothing of the kind.
 
-use super::section::{put_cstr, unknown_section};
-use crate::vm::guest::{Guest, SectionHeader};
+use super::section::put_cstr;
+use crate::vm::guest::{Guest, SectionHeader, unknown_section};
 
 /// RAM blocks and device sections of a machine.
 #[derive(Clone, Debug, PartialEq, Eq)]

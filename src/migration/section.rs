@@ -135,15 +135,6 @@ pub fn put_footer(id: u32, to: &mut Vec<u8>) {
     put_piece(FOOTER, id, to);
 }
 
-/// QEMU's words for a section that this machine does not know.
-pub fn unknown_section(idstr: &str, instance: u32) -> String {
-    format!(
-        "Unknown savevm section or instance '{}' {instance}. Make sure that your current VM setup \
-         matches your saved VM setup, including any hotplugged devices",
-        idstr.escape_default()
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -102,3 +102,24 @@ pub trait DeviceLoader {
     /// error with its name; the machine must then be thrown away.
     fn apply(self: Box<Self>) -> Result<(), Error>;
 }
+
+/// QEMU's words for a section that this machine does not take, and what to change.
+pub fn unknown_section(idstr: &str, instance: u32) -> String {
+    let advice = match idstr {
+        "cpu" | "cpu_common" | "apic" => " (give both sides the same -smp)",
+        "i8259" => " (give both sides the same pic=)",
+        "i8254" => " (give both sides the same pit=)",
+        "mc146818rtc" => " (give both sides the same rtc=)",
+        "serial" => " (give both sides a -serial, or none)",
+        "ioapic" | "acpi-ged" => " (start QEMU with -M microvm,acpi=off)",
+        "0000:00:00.0/gpex_root" | "PCIHost" | "PCIBUS" => " (start QEMU with -M microvm,pcie=off)",
+        "slirp" => " (start QEMU with -nic none)",
+        _ if idstr.starts_with("virtio-mmio@") => " (give both sides the same devices)",
+        _ => "",
+    };
+    format!(
+        "Unknown savevm section or instance '{}' {instance}. Make sure that your current VM setup \
+         matches your saved VM setup, including any hotplugged devices{advice}",
+        idstr.escape_default()
+    )
+}

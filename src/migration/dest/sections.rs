@@ -7,11 +7,9 @@ use crate::migration::integrity::PROMISE;
 use crate::migration::manifest::Manifest;
 use crate::migration::ram;
 use crate::migration::return_path::{HAIL, Message, REPLY, say};
-use crate::migration::section::{
-    COMMAND, Command, END, EOF, FOOTER, FULL, PART, START, unknown_section,
-};
+use crate::migration::section::{COMMAND, Command, END, EOF, FOOTER, FULL, PART, START};
 use crate::migration::stats::Status;
-use crate::vm::guest::SectionHeader;
+use crate::vm::guest::{SectionHeader, unknown_section};
 
 impl Arrival<'_> {
     /// Reads up to and including EOF.

@@ -32,20 +32,6 @@ pub(crate) fn drop_section(
     Some((known.load)(version, body))
 }
 
-/// What the operator of a QEMU can change if a section comes that this machine does not take.
-pub(crate) fn advice(idstr: &str, instance: u32) -> &'static str {
-    match idstr {
-        "cpu" | "cpu_common" | "apic" => " (use the source's -smp)",
-        "ioapic" if instance > 0 => " (start QEMU with -M microvm,acpi=off)",
-        "acpi-ged" => " (start QEMU with -M microvm,acpi=off)",
-        "0000:00:00.0/gpex_root" | "PCIHost" | "PCIBUS" => " (start QEMU with -M microvm,pcie=off)",
-        "slirp" => " (start QEMU with -nic none)",
-        "serial" => " (give this machine a -serial, or start QEMU without)",
-        _ if idstr.starts_with("virtio-mmio@") => " (start QEMU without this -device)",
-        _ => "",
-    }
-}
-
 /// One section that is dropped.
 struct Section {
     name: &'static str,

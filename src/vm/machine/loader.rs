@@ -13,7 +13,7 @@ use crate::vm::device::rtc::Registers as RtcRegisters;
 use crate::vm::device::serial::SerialSection;
 use crate::vm::device::serial::uart::Uart;
 use crate::vm::device::timer::VirtualClock;
-use crate::vm::guest::{DeviceLoader, Error, Guest, SectionHeader};
+use crate::vm::guest::{DeviceLoader, Error, Guest, SectionHeader, unknown_section};
 use crate::vmstate::{self, StateReader, VmState};
 
 /// Sections on their way in.
@@ -88,12 +88,7 @@ impl DeviceLoader for Loader<'_> {
                 let vcpus = self.machine.vcpus as u32;
                 let Some(dropped) = foreign::drop_section(name, *instance, *version, vcpus, body)
                 else {
-                    return Err(Error::Section(format!(
-                        "Unknown savevm section or instance '{idstr}' {instance}. Make sure that \
-                         your current VM setup matches your saved VM setup, including any \
-                         hotplugged devices{}",
-                        foreign::advice(idstr, *instance)
-                    )));
+                    return Err(Error::Section(unknown_section(idstr, *instance)));
                 };
                 dropped.map_err(|error| refused(header, &error))?;
             }

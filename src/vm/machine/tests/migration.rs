@@ -228,8 +228,8 @@ fn unknown_sections_and_versions_are_refused_in_qemus_words() {
     };
     for (idstr, instance, advice) in [
         ("hpet", 0, ""),
-        ("cpu", 1, " (use the source's -smp)"),
-        ("cpu_common", 1, " (use the source's -smp)"),
+        ("cpu", 1, " (give both sides the same -smp)"),
+        ("cpu_common", 1, " (give both sides the same -smp)"),
         ("ioapic", 1, " (start QEMU with -M microvm,acpi=off)"),
         ("acpi-ged", 0, " (start QEMU with -M microvm,acpi=off)"),
         ("PCIHost", 0, " (start QEMU with -M microvm,pcie=off)"),
