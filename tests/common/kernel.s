@@ -1,5 +1,6 @@
 # A kernel with a PVH entry, for tests: 64-bit code loaded at 2 MiB. It looks at what it was
-# started with, wakes the second vCPU and then lives on the timers of both LAPICs.
+# started with, wakes the second vCPU (unless the command line begins with "alone") and then lives on
+# the timers of both LAPICs.
 #
 # Memory behind the image, all zero at the start (it would show if it were not):
 #
@@ -159,6 +160,10 @@ kernel.start64:
     call kernel.end_line
 
     # The second vCPU.
+    movl $PERIOD, 0x380(%r15)
+    movq 24(%rbp), %rsi
+    cmpl $0x6e6f6c61, (%rsi)            # "alon"
+    je kernel.alone
     leaq kernel.trampoline(%rip), %rsi
     movl $TRAMPOLINE, %edi
     movl $(kernel.trampoline_end - kernel.trampoline), %ecx
@@ -169,7 +174,6 @@ kernel.start64:
     decl %ecx
     jnz 1b
     movl $(0xc4600 + (TRAMPOLINE >> 12)), 0x300(%r15)
-    movl $PERIOD, 0x380(%r15)
     movl $1000000, %ecx
     leaq kernel.no_cpu(%rip), %rsi
 1:  decl %ecx
@@ -181,6 +185,7 @@ kernel.start64:
     call kernel.string
 
     # rbp: beacons, rbx: ticks seen.
+kernel.alone:
     xorl %ebp, %ebp
     xorl %ebx, %ebx
 kernel.live:

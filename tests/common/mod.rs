@@ -8,6 +8,7 @@ pub(crate) mod hmp;
 pub(crate) mod journey;
 pub(crate) mod kernel;
 pub(crate) mod need;
+pub(crate) mod pairwise;
 pub(crate) mod vmm;
 
 use std::time::{Duration, Instant};

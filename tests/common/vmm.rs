@@ -52,6 +52,7 @@ pub(crate) struct Setup {
     memory_mib: u64,
     vcpus: u32,
     irqchip: &'static str,
+    chips: &'static str,
     machine: String,
     append: String,
     boot: Boot,
@@ -69,6 +70,7 @@ impl Setup {
             memory_mib: 64,
             vcpus: 1,
             irqchip: "on",
+            chips: ",pic=off,pit=off,rtc=off",
             machine: String::new(),
             append: String::new(),
             boot: Boot::Builtin,
@@ -99,6 +101,12 @@ impl Setup {
     /// `kernel-irqchip=`, `on` or `split`.
     pub(crate) fn irqchip(mut self, kind: &'static str) -> Self {
         self.irqchip = kind;
+        self
+    }
+
+    /// PIC and PIT, as a microvm has them when nothing is said.
+    pub(crate) fn default_chips(mut self) -> Self {
+        self.chips = "";
         self
     }
 
@@ -169,8 +177,8 @@ impl Setup {
         };
         command.args(["-accel", self.accel, "-cpu", "qemu64"]);
         command.arg("-M").arg(format!(
-            "microvm,acpi=off,pic=off,pit=off,rtc=off,kernel-irqchip={}{}",
-            self.irqchip, self.machine
+            "microvm,acpi=off{},kernel-irqchip={}{}",
+            self.chips, self.irqchip, self.machine
         ));
         command.arg("-m").arg(format!("{}M", self.memory_mib));
         command.arg("-smp").arg(self.vcpus.to_string());
@@ -342,6 +350,15 @@ impl Vmm {
         let memory = std::fs::read(&file).expect("what pmemsave wrote");
         assert_eq!(memory.len() as u64, bytes);
         memory
+    }
+
+    /// Eight bytes of guest-physical memory.
+    #[track_caller]
+    pub(crate) fn word(&mut self, address: u64) -> u64 {
+        let printed = self.command(&format!("xp /1gx {address:#x}"));
+        let word = printed.rsplit("0x").next().map(str::trim_end);
+        word.and_then(|word| u64::from_str_radix(word, 16).ok())
+            .unwrap_or_else(|| panic!("no word in '{printed}'"))
     }
 
     /// Its process id.
