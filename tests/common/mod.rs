@@ -4,11 +4,13 @@
 #![allow(dead_code, reason = "every test binary uses its own part of this")]
 
 pub(crate) mod beacon;
+pub(crate) mod decoder;
 pub(crate) mod hmp;
 pub(crate) mod journey;
 pub(crate) mod kernel;
 pub(crate) mod need;
 pub(crate) mod pairwise;
+pub(crate) mod ticks;
 pub(crate) mod vmm;
 
 use std::time::{Duration, Instant};

@@ -124,8 +124,9 @@ impl Bare {
         at_reset.ioapic = get_ioapic(&vm)?;
         let mut vcpus = Vec::new();
         for (index, (vcpu, leaves)) in fds.into_iter().enumerate() {
-            let (mut state, apic) = transfer::read(&vcpu, &features)?;
+            let (mut state, mut apic) = transfer::read(&vcpu, &features)?;
             state.power_on(cpuid::version(&leaves));
+            apic.power_on();
             transfer::write(&vcpu, &features, &mut state, &apic)?;
             at_reset.cpus.push((state, apic));
             vcpus.push(Vcpu::spawn(

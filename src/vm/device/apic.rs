@@ -42,10 +42,6 @@ impl Apic {
     /// The APIC of vCPU `index` at reset.
     pub(crate) fn at_reset(index: usize) -> Self {
         let is_boot_cpu = index == 0;
-        let mut lvt = [MASKED; 6];
-        if is_boot_cpu {
-            lvt[3] = EXTINT;
-        }
         Self {
             apicbase: 0xfee0_0800 | if is_boot_cpu { 0x100 } else { 0 },
             id: index as u8,
@@ -57,7 +53,7 @@ impl Apic {
             isr: [0; 8],
             tmr: [0; 8],
             irr: [0; 8],
-            lvt,
+            lvt: [MASKED; 6],
             esr: 0,
             icr: [0; 2],
             divide_conf: 0,
@@ -67,6 +63,11 @@ impl Apic {
             next_time: 0,
             timer_expiry: -1,
         }
+    }
+
+    /// Makes KVM's reset state QEMU's: all interrupts masked, a PIC's at LINT0 too.
+    pub(crate) fn power_on(&mut self) {
+        self.lvt = [MASKED; 6];
     }
 
     /// State out of KVM's register page and APIC base.
@@ -167,8 +168,6 @@ fn register(page: &kvm_lapic_state, at: usize) -> u32 {
 /// Offsets of the local vector table: timer, thermal, performance, LINT0, LINT1, error.
 const LVT: [usize; 6] = [0x320, 0x330, 0x340, 0x350, 0x360, 0x370];
 const MASKED: u32 = 1 << 16;
-/// The boot vCPU's LINT0 at reset takes interrupts from a PIC.
-const EXTINT: u32 = 0x700;
 
 #[cfg(test)]
 mod tests {

@@ -196,6 +196,8 @@ fn loads_and_is_described_alike(
             "cpu" => continue,
             // QEMU's own clock, of no use elsewhere.
             "apic" => theirs[157..165].fill(0),
+            // The timer's line, which QEMU's own PIT holds high, is taken for low.
+            "i8259" => theirs[0] &= !1,
             // Times count from the stop.
             "i8254" => {
                 ours[28..36].copy_from_slice(&theirs[28..36]);
