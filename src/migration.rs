@@ -12,6 +12,7 @@ pub mod clock;
 pub mod configuration;
 pub mod description;
 pub mod dest;
+pub mod dialect;
 pub mod globalstate;
 pub mod handover;
 pub mod integrity;

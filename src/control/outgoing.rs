@@ -125,6 +125,7 @@ impl Control {
             guest: &*machine,
             limits: &|| self.limits(),
             return_path: self.settings.return_path(),
+            dialect: self.settings.dialect(),
             board: &self.board,
             clock: &clock,
             started,

@@ -16,6 +16,7 @@ use super::Error;
 use super::channel::Channel;
 use super::clock::Clock;
 use super::configuration;
+use super::dialect::Dialect;
 use super::handover::PointOfNoReturn;
 use super::integrity::{SEAL_REACH, Seal, Sealing};
 use super::progress::show_incoming;
@@ -45,6 +46,8 @@ pub struct Incoming<'a> {
     pub point: &'a PointOfNoReturn,
     /// `-uuid`.
     pub uuid: Option<[u8; 16]>,
+    /// Which records are expected.
+    pub dialect: Dialect,
 }
 
 impl Incoming<'_> {
@@ -142,6 +145,9 @@ impl Arrival<'_> {
             }
         }
         self.show(Status::Active, None);
+        if !self.order.dialect.configuration {
+            return Ok(());
+        }
         let machine = self.order.guest.machine_type();
         configuration::load(
             &mut self.reader,
@@ -192,7 +198,7 @@ impl Arrival<'_> {
             .map_or_else(Vec::new, |loader| loader.missing());
         if self.source != Source::Hmpsh {
             missing.retain(|name| !UNRELIABLE.iter().any(|prefix| name.starts_with(prefix)));
-        } else if self.state.is_none() {
+        } else if self.order.dialect.global_state && self.state.is_none() {
             missing.push("globalstate".to_owned());
         }
         if missing.is_empty() {

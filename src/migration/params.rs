@@ -12,6 +12,7 @@ use std::time::Duration;
 
 pub use parameters::Listing;
 
+use super::dialect::Dialect;
 use crate::units::{parse_switch, switch};
 use capabilities::Capabilities;
 use parameters::Parameters;
@@ -70,18 +71,18 @@ pub struct Settings {
 struct State {
     parameters: Parameters,
     capabilities: Capabilities,
+    dialect: Dialect,
     exit_on_error: bool,
 }
 
-/// Wire properties, in the order of `info migrate`, with the one value this version has. The
-/// stream is the smallest that QEMU 7.2 and 10.0 both accept, hence no switchover-start command.
-const WIRE: [(&str, &str); 6] = [
-    ("store-global-state", "on"),
+/// Wire properties with the one value this version has; the first two are shown by `info migrate`.
+const FIXED: [(&str, &str); 6] = [
     ("only-migratable", "off"),
-    ("send-configuration", "on"),
-    ("send-section-footer", "on"),
-    ("send-switchover-start", "off"),
     ("clear-bitmap-shift", "18"),
+    ("decompress-error-check", "on"),
+    ("multifd-clean-tls-termination", "on"),
+    ("multifd-flush-after-each-section", "off"),
+    ("preempt-pre-7-2", "off"),
 ];
 
 impl Settings {
@@ -138,7 +139,13 @@ impl Settings {
             ("migration", _) => {}
             _ => return Err(missing()),
         }
-        if let Some((_, fixed)) = WIRE.iter().find(|(known, _)| *known == name) {
+        let switches = state.dialect.switches();
+        if let Some((_, switch)) = switches.into_iter().find(|(known, _)| *known == name) {
+            *switch = switched()?;
+            return Ok(());
+        }
+        let plain = name.strip_prefix("x-").unwrap_or(name);
+        if let Some((_, fixed)) = FIXED.iter().find(|(known, _)| *known == plain) {
             let is_same = match parse_switch(fixed) {
                 Some(_) => switch(switched()?) == *fixed,
                 None => value == *fixed,
@@ -174,9 +181,17 @@ impl Settings {
 
     /// The lines after `globals:` in `info migrate`.
     pub fn globals(&self) -> Vec<(&'static str, String)> {
-        WIRE.iter()
-            .map(|(name, value)| (*name, (*value).to_owned()))
-            .collect()
+        let fixed = |at: usize| (FIXED[at].0, FIXED[at].1.to_owned());
+        let mut dialect = self.dialect();
+        let [state, rest @ ..] = dialect
+            .switches()
+            .map(|(name, is_on)| (name, switch(*is_on).to_owned()));
+        [vec![state, fixed(0)], rest.to_vec(), vec![fixed(1)]].concat()
+    }
+
+    /// What is sent, and expected, on the wire.
+    pub fn dialect(&self) -> Dialect {
+        self.lock().dialect
     }
 
     /// `max-bandwidth`, bytes per second; 0: no limit.
@@ -239,9 +254,20 @@ mod tests {
         // As a property, max-bandwidth counts bytes.
         set("x-max-bandwidth", "1000").unwrap();
         assert_eq!(settings.max_bandwidth(), 1000);
-        set("send-switchover-start", "off").unwrap();
-        set("send-section-footer", "yes").unwrap();
-        set("clear-bitmap-shift", "18").unwrap();
+        set("send-switchover-start", "on").unwrap();
+        set("send-section-footer", "no").unwrap();
+        set("x-clear-bitmap-shift", "18").unwrap();
+        set("x-preempt-pre-7-2", "off").unwrap();
+        assert_eq!(
+            settings
+                .globals()
+                .iter()
+                .map(|(name, value)| format!("{name}={value}"))
+                .collect::<Vec<_>>()
+                .join(" "),
+            "store-global-state=on only-migratable=off send-configuration=on \
+             send-section-footer=off send-switchover-start=on clear-bitmap-shift=18"
+        );
         settings.set_global("hmpsh", "exit-on-error", "on").unwrap();
         assert!(settings.exit_on_error());
         let text = |driver: &str, name: &str, value: &str| {
@@ -278,8 +304,8 @@ mod tests {
             ),
             (
                 "migration",
-                "send-configuration",
-                "off",
+                "multifd-flush-after-each-section",
+                "on",
                 "not built in this version",
             ),
             (

@@ -14,6 +14,7 @@ use super::Error;
 use super::channel::{Cancel, Channel, Fault};
 use super::clock::Clock;
 use super::configuration;
+use super::dialect::Dialect;
 use super::globalstate;
 use super::handover::{Peer, PointOfNoReturn};
 use super::integrity::PROMISE;
@@ -21,7 +22,7 @@ use super::manifest::Manifest;
 use super::progress::Progress;
 use super::ram::RamSave;
 use super::return_path::{HAIL, Message, REPLY, ReturnPath, SOUNDING, objection};
-use super::section::{Command, FULL, MAGIC, VERSION, put_footer, put_header};
+use super::section::{Command, FULL, MAGIC, VERSION, put_header};
 use super::stats::Board;
 use super::stream::{TICK, Writer};
 use super::switchover;
@@ -48,6 +49,8 @@ pub struct Outgoing<'a> {
     pub limits: &'a (dyn Fn() -> Limits + Sync),
     /// Capability `return-path`; without effect on channels that have no way back.
     pub return_path: bool,
+    /// Which records are sent.
+    pub dialect: Dialect,
     /// Where status and figures are published.
     pub board: &'a Board,
     /// Time.
@@ -117,10 +120,13 @@ impl<'a> Run<'a> {
 
     fn header(&mut self) {
         let machine = self.order.guest.machine_type();
+        let dialect = self.order.dialect;
         self.writer.put(|to| {
             to.extend(MAGIC.to_be_bytes());
             to.extend(VERSION.to_be_bytes());
-            configuration::put(machine, to);
+            if dialect.configuration {
+                configuration::put(machine, to);
+            }
         });
     }
 
@@ -157,9 +163,11 @@ impl<'a> Run<'a> {
     }
 
     fn begin_ram(&mut self) -> Result<(), Error> {
-        let ram = self
-            .ram
-            .insert(RamSave::new(self.order.guest, self.order.clock)?);
+        let ram = self.ram.insert(RamSave::new(
+            self.order.guest,
+            self.order.clock,
+            self.order.dialect,
+        )?);
         ram.setup(&mut self.writer, self.peer == Peer::Hmpsh)?;
         self.writer.flush()?;
         let limits = (self.order.limits)();
@@ -242,6 +250,9 @@ impl<'a> Run<'a> {
     }
 
     fn finish_ram(&mut self) -> Result<(), Error> {
+        if self.order.dialect.switchover_start {
+            self.writer.put(|to| Command::SwitchoverStart.put(&[], to));
+        }
         let (ram, writer) = self.ram()?;
         ram.complete(writer)?;
         writer.progress.show(writer.sent());
@@ -251,12 +262,15 @@ impl<'a> Run<'a> {
     fn devices(&mut self, before: RunState) -> Result<Vec<SavedSection>, Error> {
         let mut sections = self.order.guest.save_devices()?;
         let ids = (FIRST_DEVICE..).take(sections.len()).chain([PROMISE]);
-        sections.push(globalstate::save(before));
+        let dialect = self.order.dialect;
+        if dialect.global_state {
+            sections.push(globalstate::save(before));
+        }
         for (section, id) in sections.iter().zip(ids) {
             self.writer.put(|to| {
                 put_header(FULL, id, &section.header, to);
                 to.extend(&section.body);
-                put_footer(id, to);
+                dialect.put_footer(id, to);
             });
         }
         self.writer.flush()?;

@@ -13,6 +13,7 @@ use super::Error;
 use super::channel::Channel;
 use super::clock::HostClock;
 use super::dest::Incoming;
+use super::dialect::Dialect;
 use super::fake::{FakeGuest, Owners, Step};
 use super::handover::PointOfNoReturn;
 use super::memory_channel::{Faults, Link, Recording, SideClock, Way};
@@ -84,6 +85,7 @@ fn load(dest: &FakeGuest, board: &Board, stream: &[u8]) -> Result<RunState, Erro
         autostart: &Mutex::new(true),
         point: &PointOfNoReturn::new(),
         uuid: None,
+        dialect: Dialect::default(),
     };
     order.run(Recording::of(stream))
 }
@@ -97,6 +99,7 @@ fn migrate(source: &FakeGuest, dest: &FakeGuest, setting: &Setting) -> Outcome {
             guest: source,
             limits: &limits,
             return_path: matches!(setting.kind, Kind::Hmpsh | Kind::Stock),
+            dialect: Dialect::default(),
             board: &source_board,
             clock,
             started: link.now(),
@@ -116,6 +119,7 @@ fn migrate(source: &FakeGuest, dest: &FakeGuest, setting: &Setting) -> Outcome {
                 autostart,
                 point: &PointOfNoReturn::new(),
                 uuid: None,
+                dialect: Dialect::default(),
             }
             .run(channel)
         }

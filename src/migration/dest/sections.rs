@@ -88,6 +88,9 @@ impl Arrival<'_> {
     }
 
     fn footer(&mut self, name: &str, id: u32) -> Result<(), Error> {
+        if !self.order.dialect.footers {
+            return Ok(());
+        }
         if self.reader.u8()? != FOOTER {
             return Err(Error::Stream(format!("Missing section footer for {name}")));
         }

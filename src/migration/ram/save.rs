@@ -10,8 +10,9 @@ use std::time::Duration;
 use super::{Record, Word, bitmap, header, put_block_list, put_eos};
 use crate::migration::Error;
 use crate::migration::clock::Clock;
+use crate::migration::dialect::Dialect;
 use crate::migration::integrity::PageHashes;
-use crate::migration::section::{END, PART, START, put_cstr, put_footer, put_header, put_piece};
+use crate::migration::section::{END, PART, START, put_cstr, put_header, put_piece};
 use crate::migration::stream::Writer;
 use crate::vm::guest::Guest;
 use crate::vm::memory::{PAGE_SIZE, RamBlock};
@@ -20,6 +21,7 @@ use crate::vm::memory::{PAGE_SIZE, RamBlock};
 pub struct RamSave<'a> {
     guest: &'a dyn Guest,
     clock: &'a dyn Clock,
+    dialect: Dialect,
     blocks: &'a [Arc<RamBlock>],
     bitmap: bitmap::DirtyBitmap,
     hashes: PageHashes,
@@ -32,7 +34,11 @@ pub struct RamSave<'a> {
 
 impl<'a> RamSave<'a> {
     /// Switches the dirty log on. From here on [`Self::cleanup`] must be called in the end.
-    pub fn new(guest: &'a dyn Guest, clock: &'a dyn Clock) -> Result<Self, Error> {
+    pub fn new(
+        guest: &'a dyn Guest,
+        clock: &'a dyn Clock,
+        dialect: Dialect,
+    ) -> Result<Self, Error> {
         let blocks = guest.ram();
         let log = guest.dirty_log();
         // What failed half-way is half on.
@@ -41,6 +47,7 @@ impl<'a> RamSave<'a> {
         Ok(Self {
             guest,
             clock,
+            dialect,
             blocks,
             bitmap: bitmap::DirtyBitmap::new(blocks),
             hashes: PageHashes::new(blocks, &order),
@@ -57,7 +64,7 @@ impl<'a> RamSave<'a> {
         writer.put(|to| {
             put_header(START, SECTION_ID, &header(), to);
             put_block_list(self.blocks.iter().map(|block| &**block), to);
-            put_footer(SECTION_ID, to);
+            self.dialect.put_footer(SECTION_ID, to);
         });
         self.sync(writer)?;
         for (index, block) in self.blocks.iter().enumerate().skip(1) {
@@ -102,7 +109,7 @@ impl<'a> RamSave<'a> {
         let begin = writer.total();
         writer.put(|to| put_piece(PART, SECTION_ID, to));
         self.pages(writer, allowance, self.clock.now() + PART_TIME)?;
-        writer.put(finish);
+        writer.put(|to| finish(self.dialect, to));
         self.flush(writer)?;
         writer.progress.ram.precopy_bytes += writer.total() - begin;
         Ok(())
@@ -114,7 +121,7 @@ impl<'a> RamSave<'a> {
         let begin = writer.total();
         writer.put(|to| put_piece(END, SECTION_ID, to));
         self.pages(writer, u64::MAX, Duration::MAX)?;
-        writer.put(finish);
+        writer.put(|to| finish(self.dialect, to));
         self.flush(writer)?;
         writer.progress.ram.downtime_bytes += writer.total() - begin;
         Ok(())
@@ -221,9 +228,9 @@ impl<'a> RamSave<'a> {
     }
 }
 
-fn finish(to: &mut Vec<u8>) {
+fn finish(dialect: Dialect, to: &mut Vec<u8>) {
     put_eos(to);
-    put_footer(SECTION_ID, to);
+    dialect.put_footer(SECTION_ID, to);
 }
 
 /// QEMU 10.0's number for the section.

@@ -134,6 +134,7 @@ fn stock_stream(owners: &Arc<Owners>) -> Vec<u8> {
         guest: &source,
         limits: &limits,
         return_path: false,
+        dialect: Dialect::default(),
         board: &board,
         clock: &clock,
         started: Duration::ZERO,
@@ -174,6 +175,7 @@ fn a_stock_source_and_we_never_both_run_the_guest() {
                         autostart: &Mutex::new(true),
                         point: &PointOfNoReturn::new(),
                         uuid: None,
+                        dialect: Dialect::default(),
                     };
                     order.run(channel)
                 },

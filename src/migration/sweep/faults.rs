@@ -98,6 +98,7 @@ fn a_client_that_says_nothing_is_sent_away() {
                 autostart: &Mutex::new(true),
                 point: &PointOfNoReturn::new(),
                 uuid: None,
+                dialect: Dialect::default(),
             };
             order.run(channel)
         },
@@ -259,6 +260,7 @@ fn an_arrival_that_was_given_up_is_not_taken() {
                 guest: &source,
                 limits: &limits,
                 return_path: true,
+                dialect: Dialect::default(),
                 board: &source_board,
                 clock,
                 started: link.now(),
@@ -275,6 +277,7 @@ fn an_arrival_that_was_given_up_is_not_taken() {
                 autostart: &Mutex::new(true),
                 point: &given_up,
                 uuid: None,
+                dialect: Dialect::default(),
             };
             order.run(channel)
         },
