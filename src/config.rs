@@ -55,6 +55,9 @@ pub struct MachineConfig {
     pub boot: Boot,
     /// `-append`: for the built-in guest and for kernels.
     pub append: String,
+    /// `-M auto-kernel-cmdline=on|off`: whether a kernel is told of virtio-mmio devices on its
+    /// command line; default on.
+    pub auto_kernel_cmdline: bool,
     /// Chardev id of COM1; `None`: no serial device and no serial section.
     pub serial: Option<String>,
     /// Chips that a machine may have or not.

@@ -1,5 +1,6 @@
-//! PVH kernels: one file of either ELF class boots alike on hmpsh and on stock QEMU, moves between
-//! them while it runs, and starts afresh after a reset; files that are no such kernel are refused.
+//! Kernels. PVH: one file of either ELF class boots alike on hmpsh and on stock QEMU, moves between
+//! them while it runs, and starts afresh after a reset. Multiboot and bzImage: a kernel is told the
+//! same of memory and processors as on stock QEMU. Files that are no kernel are refused.
 
 mod common;
 
@@ -11,6 +12,7 @@ use common::journey::moved;
 use common::kernel::{Class, elf};
 use common::need::{Need, require};
 use common::poll;
+use common::report;
 use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
 use common::vmm::{Program, Setup, Vmm};
 
@@ -174,7 +176,7 @@ fn refused(content: &[u8]) -> String {
 }
 
 #[test]
-fn files_that_are_no_pvh_kernel_are_refused() {
+fn files_that_are_no_kernel_are_refused() {
     let good = elf(Class::Elf64);
     let with = |at: usize, bytes: &[u8]| {
         let mut content = good.clone();
@@ -183,9 +185,13 @@ fn files_that_are_no_pvh_kernel_are_refused() {
     };
     let mut bz_image = vec![0; 0x8000];
     bz_image[0x202..0x206].copy_from_slice(b"HdrS");
-    let mut multiboot = elf(Class::Elf32);
-    multiboot[0x808] = 0;
-    multiboot[0x400..0x404].copy_from_slice(&0x1bad_b002_u32.to_le_bytes());
+    let mut wide = good.clone();
+    wide[0x808] = 0;
+    for (at, word) in [(0x400, 0x1bad_b002_u32), (0x408, 0xe452_4ffe)] {
+        wide[at..at + 4].copy_from_slice(&word.to_le_bytes());
+    }
+    let mut multiboot = report::multiboot();
+    multiboot[26] = 0xff;
     for (content, words) in [
         (
             good[..good.len() - 1].to_vec(),
@@ -203,14 +209,128 @@ fn files_that_are_no_pvh_kernel_are_refused() {
             with(64 + 24, &[0, 0, 0, 4]),
             "PVH entry 0x200000 is not inside",
         ),
-        (bz_image, "bzImage kernels"),
-        (multiboot, "multiboot kernels"),
+        (bz_image, "invalid kernel header: it ends at 0x202"),
+        (
+            report::bz_image()[..0x7ff].to_vec(),
+            "2048 bytes are promised, but the file has 2047",
+        ),
+        (wide, "Cannot load x86-64 image, give a 32bit one."),
+        (multiboot, "invalid mh_load_addr address"),
         (b"#!/bin/sh\n".to_vec(), "invalid kernel header"),
         (Vec::new(), "invalid kernel header"),
     ] {
         let said = refused(&content);
         assert!(said.contains(words), "'{words}' is not in: {said}");
     }
+}
+
+/// What the reporting kernel says on that program, with two modules if `initrd` names two.
+#[track_caller]
+fn reported(program: Program, kernel: &Path, initrd: &str) -> String {
+    let vm = Setup::new(program)
+        .vcpus(2)
+        .kernel(kernel)
+        .append("root=none quiet")
+        .args(&["-initrd", initrd])
+        .start();
+    let log = vm.log();
+    let text = || std::fs::read_to_string(&log).unwrap();
+    let ended = poll(Duration::from_secs(20), || {
+        text().ends_with("end\n").then_some(())
+    });
+    assert!(ended.is_some(), "{}", text());
+    text()
+}
+
+/// Lines of a report that begin with one of `words`.
+fn lines<'a>(report: &'a str, words: &[&str]) -> Vec<&'a str> {
+    let wanted = |line: &&str| words.iter().any(|word| line.starts_with(word));
+    report.lines().filter(wanted).collect()
+}
+
+/// A directory with both forms of the reporting kernel and two files for it.
+fn reporting() -> (tempfile::TempDir, [String; 4]) {
+    let dir = tempfile::tempdir().unwrap();
+    let files = ["multiboot", "bzimage", "one", "two"].map(|name| dir.path().join(name));
+    for (file, content) in files.iter().zip([
+        report::multiboot(),
+        report::bz_image(),
+        b"first".to_vec(),
+        vec![b'x'; 50],
+    ]) {
+        std::fs::write(file, content).unwrap();
+    }
+    let names = files.map(|file| file.display().to_string());
+    (dir, names)
+}
+
+/// A report without the features of its two processors, which must be what they say themselves:
+/// there are KVMs that show a guest more than they were told, and only firmware asks the guest.
+#[track_caller]
+fn alike(report: &str) -> String {
+    let cpuid = lines(report, &["cpuid "])[0].split_whitespace();
+    let own: Vec<u32> = cpuid
+        .skip(1)
+        .map(|word| u32::from_str_radix(word, 16).unwrap())
+        .collect();
+    let mut text = report.to_owned();
+    for processor in 0..2 {
+        let at = text.find("mp ").unwrap() + 3 + 2 * (16 + 44 + 20 * processor + 4);
+        let [signature, features] = [at, at + 8].map(|at| {
+            let word = u32::from_str_radix(&text[at..at + 8], 16).unwrap();
+            word.swap_bytes()
+        });
+        assert_eq!(signature, own[0], "{report}");
+        assert_eq!(features & !own[1], 0, "{report}");
+        text.replace_range(at + 8..at + 16, "features");
+    }
+    // With the features goes the checksum.
+    let checksum = text.find("mp ").unwrap() + 3 + 2 * (16 + 7);
+    text.replace_range(checksum..checksum + 2, "..");
+    text
+}
+
+fn multiboot_alike(other: Program) {
+    if !(require(Hmpsh.needs()) && require(other.needs())) {
+        return;
+    }
+    let (_dir, [kernel, _, one, two]) = reporting();
+    let modules = format!("{one} with arguments,{two}");
+    let [ours, theirs] =
+        [Hmpsh, other].map(|program| reported(program, Path::new(&kernel), &modules));
+    assert_eq!(alike(&ours), alike(&theirs));
+    assert_eq!(lines(&ours, &["module "]).len(), 2, "{ours}");
+    assert!(
+        ours.contains(&format!("\nline {kernel} root=none quiet\n")),
+        "{ours}"
+    );
+}
+
+#[test]
+fn multiboot_as_on_7_2() {
+    multiboot_alike(Qemu7);
+}
+
+#[test]
+fn multiboot_as_on_10_0() {
+    multiboot_alike(Qemu10);
+}
+
+#[test]
+fn a_bzimage_is_told_the_same_as_a_multiboot_kernel() {
+    if !require(Hmpsh.needs()) {
+        return;
+    }
+    let (_dir, [multiboot, bz_image, one, _]) = reporting();
+    let [with_info, with_page] =
+        [multiboot, bz_image].map(|kernel| reported(Hmpsh, Path::new(&kernel), &one));
+    let same = ["e820 ", "mp ", "cpuid "];
+    assert_eq!(lines(&with_info, &same), lines(&with_page, &same));
+    assert_eq!(lines(&with_page, &["line "]), ["line root=none quiet"]);
+    assert_eq!(
+        lines(&with_page, &["module "]),
+        ["module 03fff000  holds first"]
+    );
 }
 
 #[test]

@@ -23,6 +23,7 @@ fn config(accel: Accel, kind: BackendKind) -> MachineConfig {
         uuid: None,
         boot: Boot::Builtin,
         append: "window=1M smp=4".to_owned(),
+        auto_kernel_cmdline: true,
         serial: None,
         chips: Chips::default(),
         memory_backend: Some(MemoryBackend {

@@ -55,6 +55,7 @@ pub(super) struct Machine {
     /// Whether `-M` was given without `acpi=`.
     pub(super) implies_acpi_off: bool,
     pub(super) no_isa_serial: bool,
+    pub(super) no_auto_kernel_cmdline: bool,
     pub(super) chips: Chips,
     pub(super) memory_backend: Option<String>,
 }
@@ -100,6 +101,7 @@ impl Draft {
                 uuid: self.uuid,
                 boot,
                 append: self.append.unwrap_or_default(),
+                auto_kernel_cmdline: !self.machine.no_auto_kernel_cmdline,
                 serial,
                 chips: self.machine.chips,
                 memory_backend,

@@ -82,8 +82,7 @@ pub(super) fn machine(draft: &mut Draft, value: &str) -> Answer {
         }
     }
     machine.no_isa_serial = list.take_switch("isa-serial")? == Some(false);
-    // There are no virtio-mmio devices whose addresses could be added to the command line.
-    list.take_switch("auto-kernel-cmdline")?;
+    machine.no_auto_kernel_cmdline = list.take_switch("auto-kernel-cmdline")? == Some(false);
     machine.memory_backend = list.take("memory-backend");
     if let Some(name) = list.take("accel") {
         accel(draft, &name)?;

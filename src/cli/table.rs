@@ -68,7 +68,9 @@ pub(super) const OPTIONS: &[Row] = &[
         "There is one machine, microvm. Properties: acpi=off (implied; on is not built), \
          pic=on|off, pit=on|off and rtc=on|off (auto, the default, is on, on and off), \
          isa-serial=on|off, kernel-irqchip=on|split (both are realised in the kernel; the \
-         migration stream is the same), memory-backend=ID, auto-kernel-cmdline=on|off, accel=kvm|none.",
+         migration stream is the same), memory-backend=ID, \
+         auto-kernel-cmdline=on|off (whether a kernel is told of virtio-mmio devices on its \
+         command line; default on), accel=kvm|none.",
         machine::machine,
     ),
     takes(
@@ -128,7 +130,7 @@ pub(super) const OPTIONS: &[Row] = &[
     takes(
         &["kernel"],
         "FILE",
-        "boot a kernel (PVH ELF)",
+        "boot a kernel (bzImage, multiboot, PVH ELF)",
         "",
         machine::kernel,
     ),
@@ -136,7 +138,8 @@ pub(super) const OPTIONS: &[Row] = &[
         &["initrd"],
         "FILE",
         "initial RAM disk for the kernel",
-        "",
+        "For a multiboot kernel: its modules, separated by commas, each a file and, behind a \
+         space, arguments. A comma in a name is written twice.",
         machine::initrd,
     ),
     takes(

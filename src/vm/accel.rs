@@ -129,6 +129,13 @@ impl Accel {
         }
     }
 
+    /// Family, model and stepping, and features of its vCPUs: CPUID leaf 1 EAX and EDX. Without
+    /// KVM those of QEMU's `qemu64`.
+    pub(super) fn processor(&self) -> (u32, u32) {
+        self.kvm()
+            .map_or((0x0006_0fb1, 0x178b_fbff), KvmAccel::processor)
+    }
+
     /// State of a guest at rest.
     pub(super) fn capture(&self) -> Result<State, Error> {
         match self {

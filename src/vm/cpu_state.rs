@@ -15,6 +15,7 @@ use std::collections::BTreeMap;
 pub(super) use self::extended::XsaveLayout;
 use self::segment::{FpReg, Hi16ZmmReg, MtrrVar, Segment, XmmReg, YmmhReg, ZmmhReg};
 use self::subsections::SUBSECTIONS;
+use super::boot::Entry;
 use crate::vmstate::{Result, Subsection, Visitor, VmState};
 
 /// The state of one vCPU.
@@ -191,17 +192,24 @@ impl CpuState {
         self.optional.misc_enable = MISC_ENABLE_DEFAULT;
     }
 
-    /// Sets what a PVH kernel starts with: flat 32-bit protected mode at `entry`, EBX at the
-    /// start info.
-    pub(super) fn enter_pvh(&mut self, entry: u64, start_info: u64) {
-        self.eip = entry;
-        self.regs[RBX] = start_info;
+    /// Sets what a kernel starts with, out of the state at reset: flat 32-bit protected mode.
+    pub(super) fn enter(&mut self, entry: &Entry) {
+        self.eip = entry.address;
+        self.regs[RAX] = entry.eax;
+        self.regs[RBX] = entry.ebx;
+        self.regs[RSI] = entry.esi;
         self.eflags = 2;
         self.cr[0] = 0x11;
         self.cr[3] = 0;
         self.efer = 0;
-        self.segs = [Segment::flat(0x10, 0x00c0_9300); 6];
-        self.segs[CS] = Segment::flat(0x08, 0x00c0_9b00);
+        self.segs = [Segment::flat(entry.selectors.data, 0x00c0_9300); 6];
+        self.segs[CS] = Segment::flat(entry.selectors.code, 0x00c0_9b00);
+        if let Some(gdt) = &entry.gdt {
+            self.gdt = Segment {
+                base: gdt.start,
+                ..Segment::table((gdt.end - gdt.start - 1) as u32)
+            };
+        }
         self.tr = Segment {
             limit: 0x67,
             ..Segment::real_mode(0x8b00)
@@ -329,8 +337,10 @@ impl Svm {
 }
 
 /// Indices into [`CpuState::regs`].
+const RAX: usize = 0;
 const RDX: usize = 2;
 const RBX: usize = 3;
+const RSI: usize = 6;
 /// Index into [`CpuState::segs`], whose order is ES CS SS DS FS GS.
 const CS: usize = 1;
 /// Machine-check banks in the section, four registers each.

@@ -59,6 +59,14 @@ pub(super) fn version(leaves: &[kvm_cpuid_entry2]) -> u32 {
         .map_or(0, |leaf| leaf.eax)
 }
 
+/// Features as leaf 1 tells them in EDX.
+pub(super) fn features(leaves: &[kvm_cpuid_entry2]) -> u32 {
+    leaves
+        .iter()
+        .find(|leaf| leaf.function == 1)
+        .map_or(0, |leaf| leaf.edx)
+}
+
 /// All vCPUs are cores of one package.
 struct Topology {
     index: u32,

@@ -106,7 +106,8 @@ impl Machine {
                  {VCPUS_MAX}"
             )));
         }
-        let program = Program::open(config)?;
+        // No device is on virtio-mmio yet.
+        let program = Program::open(config, &[])?;
         let firmware = backend::block("pc.bios", program.firmware_size(), Backing::Anonymous)?;
         let map =
             Map::new(backend::main_block(config)?, firmware).map_err(|source| Error::System {

@@ -10,6 +10,7 @@ pub(crate) mod journey;
 pub(crate) mod kernel;
 pub(crate) mod need;
 pub(crate) mod pairwise;
+pub(crate) mod report;
 pub(crate) mod ticks;
 pub(crate) mod vmm;
 

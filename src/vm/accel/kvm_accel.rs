@@ -34,6 +34,8 @@ pub(in crate::vm) struct KvmAccel {
     vm: SharedVm,
     features: Arc<Features>,
     at_reset: State,
+    /// CPUID leaf 1 EAX and EDX.
+    processor: (u32, u32),
     chips: Chips,
     /// The guest's clock while the guest rests.
     clock: Mutex<Option<KvmClock>>,
@@ -122,6 +124,9 @@ impl Bare {
         let features = Arc::new(features);
         let mut at_reset = State::at_reset(0, chips);
         at_reset.ioapic = get_ioapic(&vm)?;
+        let processor = fds.first().map_or((0, 0), |(_, leaves)| {
+            (cpuid::version(leaves), cpuid::features(leaves))
+        });
         let mut vcpus = Vec::new();
         for (index, (vcpu, leaves)) in fds.into_iter().enumerate() {
             let (mut state, mut apic) = transfer::read(&vcpu, &features)?;
@@ -141,6 +146,7 @@ impl Bare {
             vm,
             features,
             at_reset,
+            processor,
             chips,
             clock: Mutex::default(),
             pit: Mutex::new(chips.pit.then(Pit::default)),
@@ -149,6 +155,11 @@ impl Bare {
 }
 
 impl KvmAccel {
+    /// CPUID leaf 1 EAX and EDX of its vCPUs.
+    pub(in crate::vm) fn processor(&self) -> (u32, u32) {
+        self.processor
+    }
+
     /// Runs the guest: its clock goes on from where it stopped.
     pub(in crate::vm) fn start(&self) -> Result<(), Error> {
         if let Some(clock) = lock(&self.clock).take() {

@@ -10,6 +10,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 
 use super::Machine;
 use crate::event::Event;
+use crate::vm::boot::Processors;
 use crate::vm::guest::Error;
 use crate::vm::run_state::RunState;
 use crate::vm::vcpu::Report;
@@ -105,12 +106,18 @@ impl Machine {
 
     /// Puts the program into memory and, for a kernel, the boot vCPU at its entry.
     pub(super) fn boot(&self) -> Result<(), Error> {
-        let Some(entry) = self.program.load(&self.map)? else {
+        let (signature, features) = self.accel.processor();
+        let processors = Processors {
+            count: self.vcpus as u8,
+            signature,
+            features,
+        };
+        let Some(entry) = self.program.load(&self.map, &processors)? else {
             return Ok(());
         };
         let mut state = self.accel.reset_state();
         if let Some((boot_cpu, _)) = state.cpus.first_mut() {
-            boot_cpu.enter_pvh(entry.address, entry.start_info);
+            boot_cpu.enter(&entry);
         }
         self.accel.restore(state.into_reset())
     }

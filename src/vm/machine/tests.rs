@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::chardev::{Incoming, Receiver};
 use crate::config::{Accel as WantedAccel, BackendKind, Boot, MemoryBackend};
-use crate::vm::boot::pvh::specimen::{Class, elf};
+use crate::vm::boot::specimen::{Class, elf};
 use crate::vm::dirty::DirtySink;
 use crate::vm::guest::Guest;
 use crate::vm::memory::PAGE_SIZE;
@@ -65,6 +65,7 @@ fn config(bios: PathBuf) -> MachineConfig {
         uuid: None,
         boot: Boot::Bios(bios),
         append: String::new(),
+        auto_kernel_cmdline: true,
         serial: None,
         chips: Chips::default(),
         memory_backend: None,

@@ -1,5 +1,5 @@
 //! ELF files of 32 and 64 bits as far as a kernel's loader needs them: the segments that become
-//! memory, and the Xen note that names the PVH entry.
+//! memory, the entry, and the Xen note that names the PVH entry.
 //!
 //! Everything is checked here, before a byte of guest memory is written: a [`Kernel`] has its
 //! segments in order, apart from each other, and all of their bytes in the file. Where RAM is, is
@@ -15,8 +15,11 @@ use std::os::unix::fs::FileExt;
 pub(super) struct Kernel {
     /// What becomes memory, in order of address; at least one, none empty.
     pub(super) segments: Vec<Segment>,
-    /// Physical address of the PVH entry, inside a segment.
-    pub(super) entry: u64,
+    is_wide: bool,
+    /// Physical address of the header's entry, wherever that is.
+    entry: u64,
+    /// Physical address in the PVH note, if there is one.
+    pvh_entry: Option<u64>,
 }
 
 /// A piece of memory and where its first bytes are in the file; the rest of it is zero.
@@ -72,9 +75,9 @@ pub(super) enum Error {
     /// A kernel that does not know PVH.
     #[error("without PVH ELF Note")]
     NoEntry,
-    /// The note names an address that the kernel does not fill.
-    #[error("its PVH entry {0:#x} is not inside a loaded segment below 4 GiB")]
-    Entry(u64),
+    /// Header or note name an address that the kernel does not fill.
+    #[error("its {0} {1:#x} is not inside a loaded segment below 4 GiB")]
+    Entry(&'static str, u64),
 }
 
 impl Kernel {
@@ -84,12 +87,26 @@ impl Kernel {
             file,
             len: file.metadata()?.len(),
         };
+        let Headers {
+            is_wide,
+            mut entry,
+            headers,
+        } = headers(&file)?;
         let mut segments = Vec::new();
-        let mut entry = None;
-        for header in program_headers(&file)? {
+        let mut pvh_entry = None;
+        // The header's entry is a virtual address; the kernel starts without paging.
+        let inside = |header: &ProgramHeader| {
+            let offset = entry.checked_sub(header.virt)?;
+            let is_inside = header.kind == PT_LOAD && offset < header.file_len;
+            is_inside.then(|| header.address.wrapping_add(offset))
+        };
+        if let Some(physical) = headers.iter().find_map(inside) {
+            entry = physical;
+        }
+        for header in headers {
             match header.kind {
                 PT_LOAD if header.memory_len > 0 => segments.push(header.segment(&file)?),
-                PT_NOTE if entry.is_none() => entry = pvh_entry(&header, &file)?,
+                PT_NOTE if pvh_entry.is_none() => pvh_entry = note(&header, &file)?,
                 _ => {}
             }
         }
@@ -104,12 +121,36 @@ impl Kernel {
                 });
             }
         }
-        let entry = entry.ok_or(Error::NoEntry)?;
-        let is_inside = segments.iter().any(|s| s.memory.contains(&entry));
-        if !is_inside || entry > u64::from(u32::MAX) {
-            return Err(Error::Entry(entry));
+        Ok(Self {
+            segments,
+            is_wide,
+            entry,
+            pvh_entry,
+        })
+    }
+
+    /// Whether it is a file of 64 bits.
+    pub(super) fn is_wide(&self) -> bool {
+        self.is_wide
+    }
+
+    /// Physical address of the PVH entry, inside a segment.
+    pub(super) fn pvh_entry(&self) -> Result<u64, Error> {
+        self.inside("PVH entry", self.pvh_entry.ok_or(Error::NoEntry)?)
+    }
+
+    /// Physical address of the header's entry, inside a segment.
+    pub(super) fn entry(&self) -> Result<u64, Error> {
+        self.inside("entry", self.entry)
+    }
+
+    fn inside(&self, what: &'static str, entry: u64) -> Result<u64, Error> {
+        let is_inside = self.segments.iter().any(|s| s.memory.contains(&entry));
+        if is_inside && entry <= u64::from(u32::MAX) {
+            Ok(entry)
+        } else {
+            Err(Error::Entry(what, entry))
         }
-        Ok(Self { segments, entry })
     }
 }
 
@@ -146,6 +187,7 @@ impl Bounded<'_> {
 struct ProgramHeader {
     kind: u32,
     offset: u64,
+    virt: u64,
     address: u64,
     file_len: u64,
     memory_len: u64,
@@ -177,7 +219,14 @@ impl ProgramHeader {
     }
 }
 
-fn program_headers(file: &Bounded<'_>) -> Result<Vec<ProgramHeader>, Error> {
+/// What of all headers matters.
+struct Headers {
+    is_wide: bool,
+    entry: u64,
+    headers: Vec<ProgramHeader>,
+}
+
+fn headers(file: &Bounded<'_>) -> Result<Headers, Error> {
     let ident = Words(file.bytes("the ELF header", 0, 20)?);
     let (class, order, machine) = (ident.0[4], ident.0[5], ident.half(18));
     let is_wide = match (class, order, machine) {
@@ -193,10 +242,12 @@ fn program_headers(file: &Bounded<'_>) -> Result<Vec<ProgramHeader>, Error> {
     };
     let header_len = if is_wide { 64 } else { 52 };
     let header = Words(file.bytes("the ELF header", 0, header_len)?);
-    let (table, size, count) = if is_wide {
-        (header.quad(32), header.half(54), header.half(56))
+    let (entry, table, size, count) = if is_wide {
+        let (size, count) = (header.half(54), header.half(56));
+        (header.quad(24), header.quad(32), size, count)
     } else {
-        (header.word(28), header.half(42), header.half(44))
+        let (size, count) = (header.half(42), header.half(44));
+        (header.word(24), header.word(28), size, count)
     };
     let expected = if is_wide { 56 } else { 32 };
     if size != expected || count == 0 || count > HEADERS_MAX {
@@ -210,11 +261,11 @@ fn program_headers(file: &Bounded<'_>) -> Result<Vec<ProgramHeader>, Error> {
     let headers = table.chunks_exact(usize::from(size)).map(|bytes| {
         let header = Words(bytes);
         let (fields, is_wide) = if is_wide {
-            ([8, 24, 32, 40, 48], true)
+            ([8, 16, 24, 32, 40, 48], true)
         } else {
-            ([4, 12, 16, 20, 28], false)
+            ([4, 8, 12, 16, 20, 28], false)
         };
-        let [offset, address, file_len, memory_len, align] = fields.map(|at| {
+        let [offset, virt, address, file_len, memory_len, align] = fields.map(|at| {
             if is_wide {
                 header.quad(at)
             } else {
@@ -224,17 +275,22 @@ fn program_headers(file: &Bounded<'_>) -> Result<Vec<ProgramHeader>, Error> {
         ProgramHeader {
             kind: header.word(0) as u32,
             offset,
+            virt,
             address,
             file_len,
             memory_len,
             align,
         }
     });
-    Ok(headers.collect())
+    Ok(Headers {
+        is_wide,
+        entry,
+        headers: headers.collect(),
+    })
 }
 
 /// The address in the Xen note of a note segment, if it holds one.
-fn pvh_entry(header: &ProgramHeader, file: &Bounded<'_>) -> Result<Option<u64>, Error> {
+fn note(header: &ProgramHeader, file: &Bounded<'_>) -> Result<Option<u64>, Error> {
     if header.file_len > NOTES_MAX {
         return Err(Error::Header(format!(
             "notes of {:#x} bytes; there should be at most {NOTES_MAX:#x}",
@@ -314,7 +370,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::vm::boot::pvh::specimen::{Class, elf};
+    use crate::vm::boot::specimen::{Class, elf};
 
     fn read(content: &[u8]) -> Result<Kernel, Error> {
         let mut file = tempfile::tempfile().unwrap();
@@ -325,7 +381,10 @@ mod tests {
     fn changed(class: Class, at: usize, bytes: &[u8]) -> String {
         let mut content = elf(class, b"kernel code", true);
         content[at..at + bytes.len()].copy_from_slice(bytes);
-        read(&content).unwrap_err().to_string()
+        read(&content)
+            .and_then(|kernel| kernel.pvh_entry())
+            .unwrap_err()
+            .to_string()
     }
 
     #[test]
@@ -337,7 +396,8 @@ mod tests {
                 offset: 0x1000,
                 len: 11,
             };
-            assert_eq!(kernel.entry, 0x10_0010);
+            assert_eq!(kernel.pvh_entry().unwrap(), 0x10_0010);
+            assert_eq!(kernel.entry().unwrap(), 0x10_0000);
             assert_eq!(kernel.segments, [segment]);
         }
     }
@@ -348,8 +408,23 @@ mod tests {
             let error = changed(Class::Elf64, at, &[byte]);
             assert!(error.starts_with("not an ELF file for x86 ("), "{error}");
         }
-        let error = read(&elf(Class::Elf64, b"", false)).unwrap_err();
+        let kernel = read(&elf(Class::Elf64, b"code", false)).unwrap();
+        let error = kernel.pvh_entry().unwrap_err();
         assert!(matches!(error, Error::NoEntry), "{error}");
+    }
+
+    #[test]
+    fn an_entry_may_be_virtual() {
+        let mut content = elf(Class::Elf32, b"kernel code", true);
+        // The entry; the virtual address of the first segment.
+        content[24..28].copy_from_slice(&0xc010_0003u32.to_le_bytes());
+        let error = read(&content).unwrap().entry().unwrap_err();
+        assert!(
+            matches!(error, Error::Entry("entry", 0xc010_0003)),
+            "{error}"
+        );
+        content[52 + 8..52 + 12].copy_from_slice(&0xc010_0000u32.to_le_bytes());
+        assert_eq!(read(&content).unwrap().entry().unwrap(), 0x10_0003);
     }
 
     #[test]
