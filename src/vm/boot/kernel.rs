@@ -154,9 +154,25 @@ const HEAD: u64 = 8192;
 mod tests {
     use std::path::Path;
 
-    use crate::vm::boot::kernel::Kernel;
+    use super::*;
     use crate::vm::boot::specimen::{Class, elf};
-    use crate::vm::boot::tests::refusal;
+    use crate::vm::boot::tests::{files, machine, processors, refusal};
+
+    #[test]
+    fn devices_are_told_to_a_kernel_that_takes_them() {
+        let device = MmioDevice {
+            base: 0xfeb0_0e00,
+            size: 512,
+            gsi: 12,
+        };
+        let files = files(&elf(Class::Elf64, b"code", true), None);
+        let kernel = Kernel::open(files.kernel.path(), None, "quiet", &[device]).unwrap();
+        let map = machine(4 << 20);
+        kernel.load(&map, &processors(1)).unwrap();
+        let mut line = [0; 44];
+        map.read(0x2_0000, &mut line).unwrap();
+        assert_eq!(&line, b"quiet virtio_mmio.device=512@0xfeb00e00:12\0\0");
+    }
 
     #[test]
     fn other_formats_are_told_apart() {
