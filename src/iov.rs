@@ -10,6 +10,9 @@ use std::io;
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
+use vm_memory::VolatileSlice;
+use vm_memory::bitmap::BitmapSlice;
+
 /// Most pieces one system call takes (`UIO_MAXIOV`).
 pub const MAX_PIECES: usize = 1024;
 
@@ -48,6 +51,22 @@ impl<'a> From<&'a mut [u8]> for In<'a> {
             },
             PhantomData,
         )
+    }
+}
+
+impl<'a, B: BitmapSlice> From<&VolatileSlice<'a, B>> for Out<'a> {
+    fn from(slice: &VolatileSlice<'a, B>) -> Self {
+        // SAFETY: a volatile slice is readable for its length during 'a.
+        unsafe { Self::from_raw(slice.ptr_guard().as_ptr(), slice.len()) }
+    }
+}
+
+impl<'a, B: BitmapSlice> From<&VolatileSlice<'a, B>> for In<'a> {
+    /// Whoever fills the room marks it dirty in the slice's bitmap afterwards.
+    fn from(slice: &VolatileSlice<'a, B>) -> Self {
+        // SAFETY: a volatile slice is writable for its length during 'a, and nobody has a
+        // reference to its bytes.
+        unsafe { Self::from_raw(slice.ptr_guard_mut().as_ptr(), slice.len()) }
     }
 }
 
@@ -131,6 +150,12 @@ impl<'a> In<'a> {
         unsafe { Self::from_raw(self.0.iov_base.cast::<u8>().add(n), self.0.iov_len - n) }
     }
 
+    /// Makes all of the room zero.
+    pub fn zero(&mut self) {
+        // SAFETY: the room is writable for iov_len bytes.
+        unsafe { std::ptr::write_bytes(self.0.iov_base.cast::<u8>(), 0, self.0.iov_len) };
+    }
+
     /// Fills the room's first bytes from `bytes` and tells how many fitted.
     pub fn fill(&mut self, bytes: &[u8]) -> usize {
         let n = bytes.len().min(self.0.iov_len);
@@ -145,6 +170,24 @@ pub fn write(fd: BorrowedFd<'_>, pieces: &[Out<'_>]) -> io::Result<usize> {
     let count = pieces.len().min(MAX_PIECES) as libc::c_int;
     // SAFETY: Out is a transparent iovec whose span is readable by construction.
     let n = unsafe { libc::writev(fd.as_raw_fd(), pieces.as_ptr().cast(), count) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// `pwritev(2)`: as [`write()`], at `offset` bytes into a file.
+pub fn write_at(fd: BorrowedFd<'_>, pieces: &[Out<'_>], offset: u64) -> io::Result<usize> {
+    let count = pieces.len().min(MAX_PIECES) as libc::c_int;
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: Out is a transparent iovec whose span is readable by construction.
+    let n = unsafe { libc::pwritev(fd.as_raw_fd(), pieces.as_ptr().cast(), count, offset) };
+    usize::try_from(n).map_err(|_| io::Error::last_os_error())
+}
+
+/// `preadv(2)`: as [`read`], from `offset` bytes into a file.
+pub fn read_at(fd: BorrowedFd<'_>, rooms: &mut [In<'_>], offset: u64) -> io::Result<usize> {
+    let count = rooms.len().min(MAX_PIECES) as libc::c_int;
+    let offset = libc::off_t::try_from(offset).map_err(io::Error::other)?;
+    // SAFETY: In is a transparent iovec whose span is writable by construction.
+    let n = unsafe { libc::preadv(fd.as_raw_fd(), rooms.as_ptr().cast(), count, offset) };
     usize::try_from(n).map_err(|_| io::Error::last_os_error())
 }
 

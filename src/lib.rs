@@ -28,6 +28,8 @@ pub mod migration;
 pub mod vm;
 
 // Floor 2: what a guest stands on.
+// Disk images: what disks read and write.
+pub mod block;
 // Character devices: where monitors and serial ports get their bytes.
 pub mod chardev;
 // The log behind `-d`, `-D`, `log` and `logfile`.

@@ -11,7 +11,7 @@ const FLOORS: [(u8, &[&str]); 6] = [
     (5, &["control", "event_loop"]),
     (4, &["migration"]),
     (3, &["vm"]),
-    (2, &["chardev", "logger", "poll", "socket"]),
+    (2, &["block", "chardev", "logger", "poll", "socket"]),
     (1, &["config", "errno", "event", "iov", "units", "vmstate"]),
 ];
 

@@ -1,0 +1,46 @@
+//! Floor 2: what is behind a disk. A [`Backend`] has bytes at offsets; image formats are its
+//! implementations, disk devices its users.
+
+mod raw;
+
+use std::io;
+
+pub use self::raw::{OpenError, Raw};
+use crate::iov::{In, Out};
+
+/// Bytes of a sector, the unit in which disks count.
+pub const SECTOR: u64 = 512;
+
+/// An open image. Its users stay within [`Backend::sectors`]; all methods block.
+pub trait Backend: Send + Sync {
+    /// Length in sectors of [`SECTOR`] bytes; a last one that the image has only in part counts.
+    fn sectors(&self) -> u64;
+
+    /// Whether nothing may be written.
+    fn is_read_only(&self) -> bool;
+
+    /// Fills all of `rooms` from `offset` (bytes) on; what lies behind the image's end is zero.
+    /// `rooms` may be used up.
+    ///
+    /// # Errors
+    /// Of the host; the rooms may have been filled in part.
+    fn read(&self, offset: u64, rooms: &mut Vec<In<'_>>) -> io::Result<()>;
+
+    /// Writes all of `pieces` at `offset` (bytes). `pieces` may be used up.
+    ///
+    /// # Errors
+    /// Of the host, or the image is read-only; some may have been written.
+    fn write(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()>;
+
+    /// Makes `len` bytes from `offset` on zero.
+    ///
+    /// # Errors
+    /// As for [`Self::write`].
+    fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Makes sure that what was written survives a loss of power.
+    ///
+    /// # Errors
+    /// Of the host.
+    fn flush(&self) -> io::Result<()>;
+}
