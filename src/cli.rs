@@ -6,6 +6,7 @@
 
 mod character;
 pub mod daemon;
+mod disk;
 mod draft;
 mod foreign;
 mod keyval;

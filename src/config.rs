@@ -62,8 +62,59 @@ pub struct MachineConfig {
     pub serial: Option<String>,
     /// Chips that a machine may have or not.
     pub chips: Chips,
+    /// `-drive`, in the order given, with or without a disk that uses it.
+    pub drives: Vec<Drive>,
+    /// Disks in the order of their sections in a stream.
+    pub disks: Vec<DiskConfig>,
     /// `-M memory-backend=ID`: names and backs the main RAM block.
     pub memory_backend: Option<MemoryBackend>,
+}
+
+/// Slots for virtio devices, 0 to 7.
+pub const SLOTS: usize = 8;
+/// Guest-physical address of slot 0.
+pub const SLOTS_BASE: u64 = 0xfeb0_0000;
+/// Bytes of a slot.
+pub const SLOT_BYTES: u64 = 512;
+/// Interrupt line of slot 0; the others follow.
+const SLOTS_GSI: u32 = 5;
+
+/// `-drive`: an image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Drive {
+    /// The file or block device.
+    pub file: PathBuf,
+    /// `readonly=on`.
+    pub is_read_only: bool,
+    /// No `format=` was given.
+    pub is_guessed: bool,
+    /// The option as it was typed, for messages.
+    pub option: String,
+}
+
+/// `-device virtio-blk-device`, or what a drive gets by itself.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DiskConfig {
+    /// `id=`.
+    pub id: Option<String>,
+    /// Its drive, an index into [`MachineConfig::drives`]; no two disks have the same.
+    pub drive: usize,
+    /// Its slot, below [`SLOTS`]; no two disks have the same.
+    pub slot: usize,
+    /// `serial=`, what the guest reads as the disk's serial number; at most 20 bytes are seen.
+    pub serial: String,
+}
+
+impl DiskConfig {
+    /// Guest-physical address of the slot, [`SLOT_BYTES`] long.
+    pub fn base(&self) -> u64 {
+        SLOTS_BASE + SLOT_BYTES * self.slot as u64
+    }
+
+    /// Interrupt line.
+    pub fn gsi(&self) -> u32 {
+        SLOTS_GSI + self.slot as u32
+    }
 }
 
 /// Chips of `-M` that are there or not.

@@ -26,6 +26,8 @@ fn config(accel: Accel, kind: BackendKind) -> MachineConfig {
         auto_kernel_cmdline: true,
         serial: None,
         chips: Chips::default(),
+        drives: Vec::new(),
+        disks: Vec::new(),
         memory_backend: Some(MemoryBackend {
             id: "mem0".to_owned(),
             size: 16 << 20,

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use super::Error;
+use super::disk::{self, DeviceDraft, DriveDraft};
 use crate::config::{
     Accel, Boot, ChardevConfig, ChardevKind, Chips, Config, Global, Incoming, MachineConfig,
     MemoryBackend, MonitorConfig,
@@ -35,6 +36,8 @@ pub(super) struct Draft {
     pub(super) initrd: Option<PathBuf>,
     pub(super) append: Option<String>,
     pub(super) backends: Vec<MemoryBackend>,
+    pub(super) drives: Vec<DriveDraft>,
+    pub(super) devices: Vec<DeviceDraft>,
     pub(super) chardevs: Vec<ChardevConfig>,
     /// `-serial`, in order; `None` is `none`.
     pub(super) serials: Vec<Option<Place>>,
@@ -89,6 +92,7 @@ impl Draft {
             .or(memory_backend.as_ref().map(|backend| backend.size))
             .unwrap_or(128 * MIB);
         let boot = self.boot()?;
+        let (drives, disks) = disk::connect(&mut self)?;
         let serial = self.serial()?;
         let monitors = self.monitors()?;
         self.check_stdio()?;
@@ -104,6 +108,8 @@ impl Draft {
                 auto_kernel_cmdline: !self.machine.no_auto_kernel_cmdline,
                 serial,
                 chips: self.machine.chips,
+                drives,
+                disks,
                 memory_backend,
             },
             name: self.name,

@@ -5,7 +5,7 @@
 #[rustfmt::skip]
 pub(super) const OPTIONS: &[&str] = &[
     "L", "acpitable", "action", "add-fd", "async-teardown", "audio", "audio-help", "audiodev",
-    "blockdev", "boot", "cdrom", "chroot", "compat", "debugcon", "device", "dfilter", "drive",
+    "blockdev", "boot", "cdrom", "chroot", "compat", "debugcon", "dfilter",
     "dtb", "dump-vmstate", "echr", "enable-sync-profile", "fda", "fdb", "fsdev", "full-screen",
     "fw_cfg", "gdb", "hda", "hdb", "hdc", "hdd", "icount", "iscsi", "k", "loadvm", "mem-path",
     "mem-prealloc", "msg", "mtdblock", "net", "netdev", "nic", "no-acpi", "no-fd-bootchk",

@@ -1,7 +1,7 @@
 //! The option table: what is accepted, what it takes, how it is explained, who obeys it.
 
 use super::draft::Draft;
-use super::{character, machine, memory, program};
+use super::{character, disk, machine, memory, program};
 
 /// One option.
 pub(super) struct Row {
@@ -148,6 +148,25 @@ pub(super) const OPTIONS: &[Row] = &[
         "command line of the kernel or the built-in guest",
         "For the built-in guest: window=SIZE rate=PAGES_PER_SECOND base=ADDRESS.",
         machine::append,
+    ),
+    takes(
+        &["drive"],
+        "file=FILE,format=raw[,prop=value...]",
+        "open a disk image",
+        "FILE is a raw image or a block device; without format=raw it is looked at, and its first \
+         sector can not be made to look like another format. Properties: id=ID, \
+         if=none|virtio, readonly=on|off, cache=writeback, file.locking=auto|off (images are not \
+         locked in this version), media=disk. With if=virtio, or without if= when no -device \
+         names it, the drive gets a disk of its own, as -device virtio-blk-device makes it.",
+        disk::drive,
+    ),
+    takes(
+        &["device"],
+        "virtio-blk-device,drive=ID[,prop=value...]",
+        "give the guest a disk",
+        "Properties: id=ID, bus=virtio-mmio-bus.N (the default is the last of the eight slots \
+         that is free), serial=STRING (what the guest reads as the disk's serial number).",
+        disk::device,
     ),
     takes(
         &["chardev"],

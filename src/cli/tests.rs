@@ -9,14 +9,14 @@ fn request(line: &str) -> Result<Request, Error> {
     parse(line.split_whitespace().map(OsString::from))
 }
 
-fn config(line: &str) -> Config {
+pub(super) fn config(line: &str) -> Config {
     match request(line) {
         Ok(Request::Run(config)) => *config,
         other => panic!("{line}: {other:?}"),
     }
 }
 
-fn refusal(line: &str) -> String {
+pub(super) fn refusal(line: &str) -> String {
     match request(line) {
         Err(error) => error.to_string(),
         other => panic!("{line}: {other:?}"),
@@ -432,8 +432,8 @@ fn bad_options_are_named_in_qemus_words() {
 #[test]
 fn what_is_not_built_is_refused_by_name() {
     for (line, what) in [
-        ("-drive file=x", "-drive"),
-        ("--device virtio-blk-device", "--device"),
+        ("-blockdev driver=raw", "-blockdev"),
+        ("--netdev user,id=n", "--netdev"),
         ("-qmp stdio", "-qmp"),
         ("-blockdev x", "-blockdev"),
         ("-fw_cfg x", "-fw_cfg"),

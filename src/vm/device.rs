@@ -10,3 +10,4 @@ pub(crate) mod kvmclock;
 pub(crate) mod rtc;
 pub(crate) mod serial;
 pub(crate) mod timer;
+pub(crate) mod virtio;

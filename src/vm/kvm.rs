@@ -251,10 +251,10 @@ pub(super) enum Exit<'a> {
         size: usize,
         data: &'a [u8],
     },
-    /// Read of memory that is not there.
-    MmioRead { data: &'a mut [u8] },
-    /// Write to memory that is not there.
-    MmioWrite,
+    /// Read of memory that is not RAM; fill `data`.
+    MmioRead { address: u64, data: &'a mut [u8] },
+    /// Write to memory that is not RAM.
+    MmioWrite { address: u64, data: &'a [u8] },
     /// Kicked, or interrupted by a signal.
     Interrupted,
     /// The guest shut down (triple fault).
@@ -272,15 +272,20 @@ pub(super) fn run(vcpu: &mut VcpuFd) -> Exit<'_> {
     let io = match vcpu.run() {
         Ok(VcpuExit::IoIn(port, data)) => Io::In(port, data.as_mut_ptr(), data.len()),
         Ok(VcpuExit::IoOut(port, data)) => Io::Out(port, data.as_ptr(), data.len()),
-        Ok(VcpuExit::MmioRead(_, data)) => {
+        Ok(VcpuExit::MmioRead(address, data)) => {
             let (data, len) = (data.as_mut_ptr(), data.len());
             // SAFETY: the slice lies in the vCPU's shared page, which lives as long as `vcpu`,
             // borrowed mutably by the result. Rebuilt because the borrow checker would otherwise
             // hold it in every arm.
             let data = unsafe { std::slice::from_raw_parts_mut(data, len) };
-            return Exit::MmioRead { data };
+            return Exit::MmioRead { address, data };
         }
-        Ok(VcpuExit::MmioWrite(..)) => return Exit::MmioWrite,
+        Ok(VcpuExit::MmioWrite(address, data)) => {
+            let (data, len) = (data.as_ptr(), data.len());
+            // SAFETY: as for MmioRead.
+            let data = unsafe { std::slice::from_raw_parts(data, len) };
+            return Exit::MmioWrite { address, data };
+        }
         Ok(VcpuExit::Hlt | VcpuExit::Intr | VcpuExit::IrqWindowOpen) => return Exit::Interrupted,
         Ok(VcpuExit::Shutdown) => return Exit::Shutdown,
         Ok(VcpuExit::InternalError) => return Exit::Failed(internal_error(vcpu.get_kvm_run())),

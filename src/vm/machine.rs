@@ -3,6 +3,7 @@
 //! This file builds a machine and answers questions about it; `power` runs, stops and resets it,
 //! `sections` saves it and `loader` loads it.
 
+mod disks;
 mod loader;
 mod power;
 mod sections;
@@ -15,10 +16,10 @@ use super::accel::{self, Accel};
 use super::backend;
 use super::boot::Program;
 use super::cpuid::Model;
-use super::device::bus::Bus;
-use super::device::bus::IrqLine;
+use super::device::bus::{Bus, IrqLine};
 use super::device::rtc::{self, Rtc};
 use super::device::serial::{self, Serial};
+use super::device::virtio::{SLOT_BYTES, SLOTS, SLOTS_BASE, Slots};
 use super::device::{apic, i8254, i8259, ioapic};
 use super::dirty::MachineLog;
 use super::guest::Error;
@@ -119,6 +120,7 @@ impl Machine {
         let reports = Arc::new(Reports::default());
         let kvm = accel::open(config.accel)?;
         let parts = Parts {
+            config,
             map: &map,
             vcpus,
             model,
@@ -246,6 +248,10 @@ impl Machine {
             .collect();
         entries.push(device(ioapic::BASE, ioapic::SIZE, "ioapic", false));
         entries.push(device(apic::BASE, apic::SIZE, "kvm-apic-msi", false));
+        for slot in 0..SLOTS as u64 {
+            let base = SLOTS_BASE + slot * SLOT_BYTES;
+            entries.push(device(base, SLOT_BYTES, "virtio-mmio", false));
+        }
         if self.chips.pic {
             let pics = i8259::PORTS.map(|port| device(port.into(), 2, "pic", true));
             let levels = i8259::ELCR_PORTS.map(|port| device(port.into(), 1, "elcr", true));
@@ -268,6 +274,7 @@ impl Machine {
 
 /// What the two ways of building a machine share.
 struct Parts<'a> {
+    config: &'a MachineConfig,
     map: &'a Arc<Map>,
     vcpus: u8,
     model: Model,
@@ -287,7 +294,7 @@ impl Parts<'_> {
     ) -> Result<Built, Error> {
         let bare = accel::Bare::new(kvm, self.map, self.chips)?;
         let vm = Arc::clone(bare.vm());
-        let bus = self.bus(chardev, &|irq| {
+        let bus = self.bus(chardev, Some(&vm), &|irq| {
             let vm = Arc::clone(&vm);
             Box::new(move |level| {
                 if let Err(error) = vm.fd().set_irq_line(irq, level) {
@@ -303,7 +310,7 @@ impl Parts<'_> {
     }
 
     fn without_kvm(&self, chardev: Option<Arc<dyn Chardev>>) -> Result<Built, Error> {
-        let bus = self.bus(chardev, &|_| Box::new(|_| ()))?;
+        let bus = self.bus(chardev, None, &|_| Box::new(|_| ()))?;
         let accel = Accel::absent(usize::from(self.vcpus), self.chips);
         Ok((accel, None, bus))
     }
@@ -312,8 +319,10 @@ impl Parts<'_> {
     fn bus(
         &self,
         chardev: Option<Arc<dyn Chardev>>,
+        vm: Option<&accel::SharedVm>,
         line: &dyn Fn(u32) -> IrqLine,
     ) -> Result<Arc<Bus>, Error> {
+        let disks = disks::make(self.config, self.map, vm, line)?;
         let [low_ram, high_ram] = self.map.ram();
         let rtc = || {
             Rtc::new(low_ram, high_ram, line(rtc::IRQ)).map_err(|source| Error::System {
@@ -324,6 +333,8 @@ impl Parts<'_> {
         Ok(Arc::new(Bus {
             serial: chardev.map(|chardev| Serial::new(chardev, line(serial::IRQ))),
             rtc: self.chips.rtc.then(rtc).transpose()?,
+            slots: Slots::new(&disks),
+            disks,
         }))
     }
 }

@@ -159,7 +159,7 @@ impl Map {
     /// Block, offset in it and host address of guest-physical RAM.
     pub(super) fn find(&self, address: u64) -> Option<(usize, Arc<RamBlock>, u64)> {
         let region = self.memory.find_region(GuestAddress(address))?;
-        let log = region.bitmap();
+        let log = (**region).bitmap();
         let offset = log.base() as u64 + (address - region.start_addr().0);
         let block = Arc::clone(log.block());
         Some((block.host() as usize + offset as usize, block, offset))

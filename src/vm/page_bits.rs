@@ -97,13 +97,42 @@ impl WriteLog {
     }
 }
 
-impl WithBitmapSlice<'_> for WriteLog {
+impl<'a> WithBitmapSlice<'a> for WriteLog {
+    type S = Marks<'a>;
+}
+
+impl Bitmap for WriteLog {
+    fn mark_dirty(&self, offset: usize, len: usize) {
+        self.slice_at(offset).mark_dirty(0, len);
+    }
+
+    fn dirty_at(&self, offset: usize) -> bool {
+        self.slice_at(offset).dirty_at(0)
+    }
+
+    fn slice_at(&self, offset: usize) -> Marks<'_> {
+        Marks {
+            bits: &self.bits,
+            base: self.base + offset,
+        }
+    }
+}
+
+/// Part of a [`WriteLog`], borrowed: a device takes one for every access to guest memory.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Marks<'a> {
+    bits: &'a PageBits,
+    /// Offset in the block, bytes.
+    base: usize,
+}
+
+impl WithBitmapSlice<'_> for Marks<'_> {
     type S = Self;
 }
 
-impl BitmapSlice for WriteLog {}
+impl BitmapSlice for Marks<'_> {}
 
-impl Bitmap for WriteLog {
+impl Bitmap for Marks<'_> {
     fn mark_dirty(&self, offset: usize, len: usize) {
         if len > 0 {
             let first = (self.base + offset) / PAGE_SIZE;
@@ -119,7 +148,7 @@ impl Bitmap for WriteLog {
     fn slice_at(&self, offset: usize) -> Self {
         Self {
             base: self.base + offset,
-            ..self.clone()
+            ..*self
         }
     }
 }

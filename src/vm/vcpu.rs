@@ -282,12 +282,13 @@ impl Runner {
                 self.owes = true;
                 return;
             }
-            Exit::MmioRead { data } => {
-                data.fill(0);
+            Exit::MmioRead { address, data } => {
+                self.bus.read_memory(address, data);
                 self.owes = true;
                 return;
             }
-            Exit::MmioWrite => {
+            Exit::MmioWrite { address, data } => {
+                self.bus.write_memory(address, data);
                 self.owes = true;
                 return;
             }

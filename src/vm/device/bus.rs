@@ -1,6 +1,6 @@
 //! Ports and unclaimed memory, as vCPUs reach them.
 //!
-//! Devices here are one byte wide; a wider access is one access per byte. Nobody home: port reads
+//! Devices at ports are one byte wide; a wider access is one access per byte. Nobody home: port reads
 //! are all ones, memory reads zero, writes are lost, as on QEMU's microvm.
 
 use std::ops::Range;
@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::rtc::{self, Rtc};
 use super::serial::{self, Serial};
+use super::virtio::{Disk, Slots};
 
 /// Drives an interrupt line. Called with every change of level.
 pub(crate) type IrqLine = Box<dyn Fn(bool) + Send + Sync>;
@@ -19,10 +20,15 @@ pub(crate) struct Bus {
     pub(crate) serial: Option<Arc<Serial>>,
     /// The clock chip.
     pub(crate) rtc: Option<Rtc>,
+    /// Disks in the order of their sections.
+    pub(crate) disks: Vec<Arc<Disk>>,
+    /// The same by slot.
+    pub(crate) slots: Slots,
 }
 
 impl Bus {
-    /// The guest starts or stops.
+    /// The guest starts or stops. What a disk still does when it stops dirties memory and drives
+    /// lines: it belongs to the guest's life here.
     pub(crate) fn set_running(&self, running: bool) {
         if let Some(serial) = &self.serial {
             serial.set_running(running);
@@ -30,6 +36,20 @@ impl Bus {
         if let Some(rtc) = &self.rtc {
             rtc.set_running(running);
         }
+        for disk in &self.disks {
+            disk.set_running(running);
+        }
+    }
+
+    /// Reads memory that is not RAM.
+    pub(crate) fn read_memory(&self, address: u64, data: &mut [u8]) {
+        data.fill(0);
+        self.slots.read(address, data);
+    }
+
+    /// Writes memory that is not RAM.
+    pub(crate) fn write_memory(&self, address: u64, data: &[u8]) {
+        self.slots.write(address, data);
     }
 
     /// Port input, units of `size` bytes from the same port.

@@ -13,6 +13,8 @@ use crate::vm::device::rtc::Registers as RtcRegisters;
 use crate::vm::device::serial::SerialSection;
 use crate::vm::device::serial::uart::Uart;
 use crate::vm::device::timer::VirtualClock;
+use crate::vm::device::virtio::Disk;
+use crate::vm::device::virtio::section::{DiskSection, State as DiskState};
 use crate::vm::guest::{DeviceLoader, Error, Guest, SectionHeader, unknown_section};
 use crate::vmstate::{self, StateReader, VmState};
 
@@ -22,6 +24,8 @@ pub(super) struct Loader<'a> {
     update: Update,
     serial: Option<Uart>,
     rtc: Option<RtcRegisters>,
+    /// By disk.
+    disks: Vec<Option<DiskState>>,
     /// What a stock source's clock showed when its guest stopped.
     clock: VirtualClock,
     /// What a section leaves out keeps its value at reset.
@@ -39,9 +43,16 @@ impl<'a> Loader<'a> {
             update,
             serial: None,
             rtc: None,
+            disks: machine.bus.disks.iter().map(|_| None).collect(),
             clock: VirtualClock::default(),
             at_reset: machine.accel.reset_state(),
         }
+    }
+
+    /// The disk with that section.
+    fn disk(&self, header: &SectionHeader) -> Option<usize> {
+        let mut disks = self.machine.bus.disks.iter();
+        disks.position(|disk| disk.section() == header.idstr && header.instance == 0)
     }
 }
 
@@ -84,6 +95,10 @@ impl DeviceLoader for Loader<'_> {
                 let section = decoded(SerialSection(Uart::incoming()), header, body)?;
                 self.serial = Some(section.0);
             }
+            _ if let Some(disk) = self.disk(header) => {
+                let state = DiskSection(self.machine.bus.disks[disk].reset_state());
+                self.disks[disk] = Some(decoded(state, header, body)?.0);
+            }
             name => {
                 let vcpus = self.machine.vcpus as u32;
                 let Some(dropped) = foreign::drop_section(name, *instance, *version, vcpus, body)
@@ -107,7 +122,10 @@ impl DeviceLoader for Loader<'_> {
                 Pic::NAME => self.update.pics[index].is_some(),
                 Pit::NAME => self.update.pit.is_some(),
                 RtcRegisters::NAME => self.rtc.is_some(),
-                _ => self.serial.is_some(),
+                SerialSection::NAME => self.serial.is_some(),
+                _ => self
+                    .disk(header)
+                    .is_some_and(|disk| self.disks[disk].is_some()),
             }
         };
         let all = self.machine.sections();
@@ -120,6 +138,14 @@ impl DeviceLoader for Loader<'_> {
     fn apply(self: Box<Self>) -> Result<(), Error> {
         if self.machine.current_run_state().is_running() {
             return Err(Error::State("a running guest can not be loaded".to_owned()));
+        }
+        // RAM has arrived by now; what a ring in it says must go with the section.
+        let disks = self.machine.bus.disks.iter().zip(self.disks);
+        let disks: Vec<_> = disks
+            .filter_map(|(disk, state)| Some((disk, state?)))
+            .collect();
+        for (disk, state) in &disks {
+            disk.check(state).map_err(|why| of_disk(disk, &why))?;
         }
         let mut update = self.update;
         if let Some(pit) = &mut update.pit {
@@ -139,6 +165,9 @@ impl DeviceLoader for Loader<'_> {
         if let (Some(serial), Some(uart)) = (&self.machine.bus.serial, self.serial) {
             serial.restore(uart);
         }
+        for (disk, state) in disks {
+            disk.restore(state).map_err(|why| of_disk(disk, &why))?;
+        }
         Ok(())
     }
 }
@@ -154,6 +183,14 @@ fn decoded<T: VmState>(
 ) -> Result<T, Error> {
     vmstate::load(&mut state, header.version, body).map_err(|error| refused(header, &error))?;
     Ok(state)
+}
+
+/// What is wrong with a disk's section, now that it is compared with RAM.
+fn of_disk(disk: &Disk, why: &str) -> Error {
+    Error::Section(format!(
+        "error while loading state for instance 0x0 of device '{}': {why}",
+        disk.section()
+    ))
 }
 
 /// QEMU's words for a section that can not be loaded, and what is wrong with it.

@@ -183,6 +183,9 @@ impl Machine {
         if let Some(serial) = &self.bus.serial {
             serial.restore(Default::default());
         }
+        for disk in &self.bus.disks {
+            disk.restore(disk.reset_state()).map_err(Error::State)?;
+        }
         self.boot()?;
         (self.events)(Event::Reset);
         Ok(())
@@ -204,8 +207,9 @@ impl Machine {
                 "This machine can not run: it has no accelerator (-accel none)".to_owned(),
             ));
         };
+        kvm.start()?;
         self.bus.set_running(true);
-        kvm.start()
+        Ok(())
     }
 
     fn rest(&self) -> Result<(), Error> {

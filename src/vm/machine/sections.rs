@@ -12,6 +12,8 @@ use crate::vm::device::ioapic::IoApic;
 use crate::vm::device::kvmclock::KvmClock;
 use crate::vm::device::rtc::Registers as RtcRegisters;
 use crate::vm::device::serial::SerialSection;
+use crate::vm::device::virtio::Disk;
+use crate::vm::device::virtio::section::DiskSection;
 use crate::vm::dirty::DirtyLog;
 use crate::vm::guest::{DeviceLoader, Error, Guest, SavedSection, SectionHeader};
 use crate::vm::memory::RamBlock;
@@ -67,6 +69,12 @@ impl Guest for Machine {
         if let Some(serial) = &self.bus.serial {
             sections.push(saved(&mut SerialSection(serial.state()), 0)?);
         }
+        for disk in &self.bus.disks {
+            sections.push(SavedSection {
+                header: disk_header(disk),
+                ..saved(&mut DiskSection(disk.state()?), 0)?
+            });
+        }
         Ok(sections)
     }
 
@@ -90,6 +98,7 @@ impl Guest for Machine {
         if self.bus.serial.is_some() {
             headers.push(header::<SerialSection>(0));
         }
+        headers.extend(self.bus.disks.iter().map(|disk| disk_header(disk)));
         headers
     }
 
@@ -103,6 +112,14 @@ fn header<T: VmState>(instance: usize) -> SectionHeader {
         idstr: T::NAME.to_owned(),
         instance: instance as u32,
         version: T::VERSION,
+    }
+}
+
+/// A disk's section is named after its slot.
+fn disk_header(disk: &Disk) -> SectionHeader {
+    SectionHeader {
+        idstr: disk.section(),
+        ..header::<DiskSection>(0)
     }
 }
 

@@ -68,6 +68,8 @@ fn config(bios: PathBuf) -> MachineConfig {
         auto_kernel_cmdline: true,
         serial: None,
         chips: Chips::default(),
+        drives: Vec::new(),
+        disks: Vec::new(),
         memory_backend: None,
     }
 }
@@ -537,6 +539,9 @@ fn ports_map_and_addresses() {
     assert_eq!(machine.read_port(0x3fd, 1), 0x60);
     assert_eq!(machine.read_port(0x3fc, 2), 0x6008);
     let map = machine.map();
+    let (slots, map): (Vec<_>, Vec<_>) = map.iter().partition(|e| e.name == "virtio-mmio");
+    let starts: Vec<_> = slots.iter().map(|e| e.start).collect();
+    assert_eq!((starts[0], starts[7]), (0xfeb0_0000, 0xfeb0_0e00));
     let names: Vec<_> = map.iter().map(|e| (e.name.as_str(), e.start)).collect();
     assert_eq!(
         names,
