@@ -27,6 +27,11 @@ pub(crate) enum Class {
 
 /// The kernel as an ELF file.
 pub(crate) fn elf(class: Class) -> Vec<u8> {
+    pack(class, &hmpsh_test_kernel)
+}
+
+/// An image with its entry at its beginning as an ELF file with a PVH note.
+pub(crate) fn pack(class: Class, image: &[u8; 0x1000]) -> Vec<u8> {
     let is_wide = class == Class::Elf64;
     let word = |value: u32| {
         let bytes = u64::from(value).to_le_bytes();
@@ -43,7 +48,6 @@ pub(crate) fn elf(class: Class) -> Vec<u8> {
     for value in [header_len, entry_len, 2, 0, 0, 0] {
         file.extend(value.to_le_bytes());
     }
-    let image = hmpsh_test_kernel;
     for (kind, offset, address, len, memory_len) in [
         (1u32, 0x1000, BASE, image.len() as u32, MEMORY),
         (4, NOTE, 0, 20, 20),

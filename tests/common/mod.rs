@@ -5,6 +5,7 @@
 
 pub(crate) mod beacon;
 pub(crate) mod decoder;
+pub(crate) mod disk;
 pub(crate) mod hmp;
 pub(crate) mod journey;
 pub(crate) mod kernel;

@@ -1,0 +1,56 @@
+//! A small 32-bit kernel with a PVH entry that lives on a disk. What it does is in `disk.s`.
+//!
+//! It says `hmpsh guest disk features <bits>` and then a beacon `B <n>` for every round in which
+//! two sectors were written and two read that hold what they should; `FAULT <what>` otherwise.
+#![expect(unsafe_code, reason = "global_asm! and the symbol it defines")]
+
+use std::arch::global_asm;
+use std::path::Path;
+
+use tempfile::NamedTempFile;
+
+use super::kernel::{Class, pack};
+use super::vmm::{Program, Setup};
+
+global_asm!(include_str!("disk.s"), options(att_syntax, raw));
+
+// SAFETY: the assembly above defines the symbol: so many bytes that nothing ever writes.
+unsafe extern "C" {
+    safe static hmpsh_disk_kernel: [u8; 0x1000];
+}
+
+/// The kernel and an image for its disk, as files.
+#[derive(Debug)]
+pub(crate) struct DiskGuest {
+    kernel: NamedTempFile,
+    /// The disk.
+    pub(crate) image: NamedTempFile,
+}
+
+impl DiskGuest {
+    /// The kernel, and 1 MiB of zeros.
+    pub(crate) fn new() -> Self {
+        let kernel = NamedTempFile::new().unwrap();
+        std::fs::write(kernel.path(), pack(Class::Elf32, &hmpsh_disk_kernel)).unwrap();
+        let image = NamedTempFile::new().unwrap();
+        image.as_file().set_len(1 << 20).unwrap();
+        Self { kernel, image }
+    }
+
+    /// A machine with this guest and its disk; several of them share the image.
+    pub(crate) fn setup(&self, program: Program) -> Setup {
+        let drive = drive("d0", self.image.path(), "");
+        Setup::new(program).kernel(self.kernel.path()).args(&[
+            "-drive",
+            &drive,
+            "-device",
+            "virtio-blk-device,drive=d0",
+        ])
+    }
+}
+
+/// `-drive` of a raw image, with QEMU's locks on: it hands them over by itself.
+pub(crate) fn drive(id: &str, image: &Path, more: &str) -> String {
+    let image = image.display();
+    format!("if=none,id={id},file={image},format=raw{more}")
+}

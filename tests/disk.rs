@@ -1,0 +1,230 @@
+//! A guest that lives on its disk, at rest and on its way between hmpsh and stock QEMU 7.2 and
+//! 10.0. It checks all it reads itself; one life over all hosts, as in tests/qemu.rs.
+
+mod common;
+
+use std::path::Path;
+
+use common::beacon::wait_beacons;
+use common::disk::{DiskGuest, drive};
+use common::hmp::PATIENCE;
+use common::journey::moved;
+use common::need::require;
+use common::poll;
+use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
+use common::vmm::{Program, Setup, Vmm};
+
+/// Whether all programs are there.
+fn have(programs: &[Program]) -> bool {
+    programs.iter().all(|program| require(program.needs()))
+}
+
+/// The guest goes on at the last of `hosts`, for longer than it takes to read everything again.
+#[track_caller]
+fn goes_on(hosts: &[&Vmm]) {
+    let logs: Vec<_> = hosts.iter().map(|host| host.log()).collect();
+    let logs: Vec<&Path> = logs.iter().map(|log| log.as_path()).collect();
+    wait_beacons(&logs, 70);
+}
+
+/// Boots and reads back what it wrote.
+fn lives(program: Program) {
+    if !have(&[program]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let mut vm = guest.setup(program).start();
+    goes_on(&[&vm]);
+    let log = std::fs::read_to_string(vm.log()).unwrap();
+    // INDIRECT_DESC, EVENT_IDX, WRITE_ZEROES, DISCARD, CONFIG_WCE, TOPOLOGY, FLUSH, BLK_SIZE,
+    // GEOMETRY, SEG_MAX: the same at all three.
+    assert!(
+        log.starts_with("hmpsh guest disk features 805334612\n"),
+        "{log}"
+    );
+    vm.quiet("stop");
+    let image = std::fs::read(guest.image.path()).unwrap();
+    // The first word of a round in the 64 places, each two sectors.
+    let last = image.chunks(1024).take(64).map(|place| {
+        let word = |at: usize| u32::from_le_bytes(place[at..at + 4].try_into().unwrap());
+        assert!((0..256).all(|n| word(4 * n as usize) == word(0).wrapping_add(n)));
+        word(0)
+    });
+    assert!(last.filter(|first| *first != 0).count() >= 62);
+    vm.quiet("system_reset");
+    vm.quiet("cont");
+    let again = poll(PATIENCE, || {
+        let log = std::fs::read_to_string(vm.log()).unwrap_or_default();
+        let (_, second) = log.rsplit_once("hmpsh guest disk features 805334612\n")?;
+        (log.matches("hmpsh").count() == 2 && second.contains("\nB 70\n")).then_some(())
+    });
+    assert!(again.is_some(), "it does not live again after a reset");
+}
+
+/// Moves from host to host, live, over tcp.
+fn moves(programs: &[Program], adjust: fn(Setup) -> Setup) {
+    if !have(programs) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let setup = |program| adjust(guest.setup(program));
+    let mut hosts = vec![setup(programs[0]).start()];
+    goes_on(&hosts.iter().collect::<Vec<_>>());
+    for program in &programs[1..] {
+        let last = hosts.last_mut().unwrap();
+        let next = moved(last, setup(*program));
+        hosts.push(next);
+        hosts.last_mut().unwrap().wait_status("running");
+        goes_on(&hosts.iter().collect::<Vec<_>>());
+    }
+}
+
+fn plain(setup: Setup) -> Setup {
+    setup
+}
+
+fn split_with_pic(setup: Setup) -> Setup {
+    setup.irqchip("split").machine(",pic=on,pit=on")
+}
+
+/// Saved to a file with the disk at work, and loaded.
+fn saved(from: Program, to: Program) {
+    if !have(&[from, to]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let mut source = guest.setup(from).start();
+    goes_on(&[&source]);
+    let file = source.path("saved");
+    let file = file.display();
+    source.command(&format!("migrate \"exec:cat > {file}\""));
+    source.wait_migration("completed");
+    let incoming = format!("exec:cat {file}");
+    let mut dest = guest.setup(to).incoming(&incoming).start();
+    dest.wait_status("running");
+    goes_on(&[&source, &dest]);
+}
+
+/// Disks in three slots, one of which is read-only, arrive whatever the program.
+fn three_disks(from: Program, to: Program) {
+    if !have(&[from, to]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let odd = tempfile::NamedTempFile::new().unwrap();
+    odd.as_file().set_len(1000).unwrap();
+    let (b, c) = (
+        drive("d1", odd.path(), ",readonly=on"),
+        drive("d2", odd.path(), ",readonly=on"),
+    );
+    let setup = |program| {
+        guest.setup(program).args(&[
+            "-drive",
+            &b,
+            "-device",
+            "virtio-blk-device,drive=d1,bus=virtio-mmio-bus.0",
+            "-drive",
+            &c,
+            "-device",
+            "virtio-blk-device,drive=d2,serial=third",
+        ])
+    };
+    let mut source = setup(from).start();
+    goes_on(&[&source]);
+    let mut dest = moved(&mut source, setup(to));
+    dest.wait_status("running");
+    goes_on(&[&source, &dest]);
+}
+
+/// A migration that fails leaves the disk at work where it was.
+fn stays(from: Program) {
+    if !have(&[from]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let mut source = guest.setup(from).start();
+    goes_on(&[&source]);
+    source.command("migrate \"exec:cat > /dev/null; exit 1\"");
+    source.wait_migration("failed");
+    goes_on(&[&source]);
+    let mut dest = moved(&mut source, guest.setup(Hmpsh));
+    dest.wait_status("running");
+    goes_on(&[&source, &dest]);
+}
+
+#[test]
+fn a_destination_without_the_disk_is_refused_by_name() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let mut source = guest.setup(Hmpsh).start();
+    goes_on(&[&source]);
+    let mut dest = Setup::new(Hmpsh).incoming("tcp:127.0.0.1:0").start();
+    let port = dest.port();
+    source.command(&format!("migrate tcp:127.0.0.1:{port}"));
+    let state = source.wait_migration("failed");
+    assert!(
+        state.contains("virtio-mmio@00000000feb00e00/virtio-blk"),
+        "{state}"
+    );
+    source.wait_status("running");
+    goes_on(&[&source]);
+}
+
+#[test]
+fn a_read_only_disk_takes_no_writes() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let b = drive("ro", guest.image.path(), ",readonly=on");
+    let vm = guest
+        .setup(Hmpsh)
+        .args(&["-drive", &b, "-device", "virtio-blk-device,drive=ro"]);
+    // The guest's disk is the one in the last slot, the first one that was named.
+    goes_on(&[&vm.start()]);
+}
+
+#[test]
+fn the_map_has_all_slots() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let map = Setup::new(Hmpsh).start().command("info mtree");
+    for slot in 0..8 {
+        let (start, end) = (0xfeb0_0000u64 + slot * 512, 0xfeb0_01ff + slot * 512);
+        let line = format!("{start:016x}-{end:016x} (prio 0, i/o): virtio-mmio");
+        assert!(map.contains(&line), "{map}");
+    }
+}
+
+/// One test per line.
+macro_rules! cells {
+    ($($name:ident: $run:expr;)*) => {
+        $(
+            #[test]
+            fn $name() {
+                $run;
+            }
+        )*
+    };
+}
+
+cells! {
+    lives_at_hmpsh: lives(Hmpsh);
+    lives_at_7_2: lives(Qemu7);
+    lives_at_10_0: lives(Qemu10);
+    live_between_two_hmpsh: moves(&[Hmpsh, Hmpsh, Hmpsh], plain);
+    live_to_7_2_and_back: moves(&[Hmpsh, Qemu7, Hmpsh], plain);
+    live_to_10_0_and_back: moves(&[Hmpsh, Qemu10, Hmpsh], plain);
+    live_from_7_2_and_back: moves(&[Qemu7, Hmpsh, Qemu7], plain);
+    live_from_10_0_and_back: moves(&[Qemu10, Hmpsh, Qemu10], plain);
+    live_to_7_2_and_back_split: moves(&[Hmpsh, Qemu7, Hmpsh], split_with_pic);
+    saved_and_loaded_by_10_0: saved(Hmpsh, Qemu10);
+    saved_by_7_2: saved(Qemu7, Hmpsh);
+    saved_by_10_0: saved(Qemu10, Hmpsh);
+    three_disks_to_7_2: three_disks(Hmpsh, Qemu7);
+    three_disks_from_10_0: three_disks(Qemu10, Hmpsh);
+    a_failed_migration: stays(Hmpsh);
+}
