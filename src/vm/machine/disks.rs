@@ -61,7 +61,7 @@ fn open(drive: &Drive) -> Result<Raw, Error> {
         .map_err(|error| Error::State(format!("{option}: {error}")))?;
     if *is_guessed {
         log::warn!(
-            "Image format was not specified for '{}' and probing guessed raw.\n         \
+            "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
              Automatically detecting the format is dangerous for raw images, write operations on \
              block 0 will be restricted.\n         \
              Specify the 'raw' format explicitly to remove the restrictions.",
