@@ -105,6 +105,54 @@ fn saved(from: Program, to: Program) {
     goes_on(&[&source, &dest]);
 }
 
+/// A read-only disk answers a write with an error, and the image stays as it was.
+fn takes_no_writes(program: Program) {
+    if !have(&[program]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let drive = drive("d0", guest.image.path(), ",readonly=on");
+    let vm = guest.setup_on(program, &drive).start();
+    let told = poll(PATIENCE, || {
+        let log = std::fs::read_to_string(vm.log()).unwrap_or_default();
+        log.ends_with("FAULT status\n").then_some(())
+    });
+    assert!(told.is_some(), "the write was not refused");
+    let image = std::fs::read(guest.image.path()).unwrap();
+    assert!(image.iter().all(|byte| *byte == 0));
+}
+
+/// QEMU stops a guest whose disk is full, and sends the request with it: it is executed here.
+fn kept_by(from: Program) {
+    if !have(&[from, Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let fault = tempfile::NamedTempFile::new().unwrap();
+    let rule = "[inject-error]\nevent = \"pwritev\"\nerrno = \"28\"\nonce = \"on\"\n";
+    std::fs::write(fault.path(), rule).unwrap();
+    let (fault, image) = (fault.path().display(), guest.image.path().display());
+    let drive = format!("if=none,id=d0,file=blkdebug:{fault}:{image},format=raw,werror=stop");
+    let mut source = guest.setup_on(from, &drive).start();
+    source.wait_status("paused (io-error)");
+    let file = source.path("saved");
+    let file = file.display();
+    source.command(&format!("migrate \"exec:cat > {file}\""));
+    source.wait_migration("completed");
+    let incoming = format!("exec:cat {file}");
+    let mut dest = guest.setup(Hmpsh).incoming(&incoming).start();
+    dest.wait_status("paused (io-error)");
+    // What nobody has executed can not be handed on.
+    dest.command("migrate \"exec:cat > /dev/null\"");
+    let state = dest.wait_migration("failed");
+    assert!(
+        state.contains("came here with requests under way"),
+        "{state}"
+    );
+    dest.quiet("cont");
+    goes_on(&[&source, &dest]);
+}
+
 /// Disks in three slots, one of which is read-only, arrive whatever the program.
 fn three_disks(from: Program, to: Program) {
     if !have(&[from, to]) {
@@ -173,20 +221,6 @@ fn a_destination_without_the_disk_is_refused_by_name() {
 }
 
 #[test]
-fn a_read_only_disk_takes_no_writes() {
-    if !have(&[Hmpsh]) {
-        return;
-    }
-    let guest = DiskGuest::new();
-    let b = drive("ro", guest.image.path(), ",readonly=on");
-    let vm = guest
-        .setup(Hmpsh)
-        .args(&["-drive", &b, "-device", "virtio-blk-device,drive=ro"]);
-    // The guest's disk is the one in the last slot, the first one that was named.
-    goes_on(&[&vm.start()]);
-}
-
-#[test]
 fn the_map_has_all_slots() {
     if !have(&[Hmpsh]) {
         return;
@@ -215,6 +249,8 @@ cells! {
     lives_at_hmpsh: lives(Hmpsh);
     lives_at_7_2: lives(Qemu7);
     lives_at_10_0: lives(Qemu10);
+    read_only_at_hmpsh: takes_no_writes(Hmpsh);
+    read_only_at_7_2: takes_no_writes(Qemu7);
     live_between_two_hmpsh: moves(&[Hmpsh, Hmpsh, Hmpsh], plain);
     live_to_7_2_and_back: moves(&[Hmpsh, Qemu7, Hmpsh], plain);
     live_to_10_0_and_back: moves(&[Hmpsh, Qemu10, Hmpsh], plain);
@@ -227,4 +263,6 @@ cells! {
     three_disks_to_7_2: three_disks(Hmpsh, Qemu7);
     three_disks_from_10_0: three_disks(Qemu10, Hmpsh);
     a_failed_migration: stays(Hmpsh);
+    requests_kept_by_7_2: kept_by(Qemu7);
+    requests_kept_by_10_0: kept_by(Qemu10);
 }

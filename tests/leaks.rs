@@ -3,18 +3,20 @@
 
 mod common;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use common::need::{Need, require};
 use common::poll;
-use hmpsh::config::{Accel, BackendKind, Boot, Chips, MachineConfig, MemoryBackend};
+use hmpsh::config::{
+    Accel, BackendKind, Boot, Chips, DiskConfig, Drive, MachineConfig, MemoryBackend,
+};
 use hmpsh::vm::guest::Guest;
 use hmpsh::vm::machine::Machine;
 use hmpsh::vm::run_state::RunState;
 
-fn config(accel: Accel, kind: BackendKind) -> MachineConfig {
+fn config(accel: Accel, kind: BackendKind, image: &Path) -> MachineConfig {
     MachineConfig {
         accel: Some(accel),
         cpu: "qemu64".to_owned(),
@@ -26,8 +28,18 @@ fn config(accel: Accel, kind: BackendKind) -> MachineConfig {
         auto_kernel_cmdline: true,
         serial: None,
         chips: Chips::default(),
-        drives: Vec::new(),
-        disks: Vec::new(),
+        drives: vec![Drive {
+            file: image.to_owned(),
+            is_read_only: false,
+            is_guessed: false,
+            option: String::new(),
+        }],
+        disks: vec![DiskConfig {
+            id: None,
+            drive: 0,
+            slot: 7,
+            serial: String::new(),
+        }],
         memory_backend: Some(MemoryBackend {
             id: "mem0".to_owned(),
             size: 16 << 20,
@@ -51,13 +63,20 @@ fn fifty_machines_come_and_go() {
         Accel::None
     };
     let dir = tempfile::tempdir().unwrap();
+    let image = tempfile::NamedTempFile::new().unwrap();
     let live = |number: usize| {
         let kind = match number % 3 {
             0 => BackendKind::Ram,
             1 => BackendKind::Memfd,
             _ => BackendKind::File(dir.path().join("ram")),
         };
-        let machine = Machine::new(&config(accel, kind), None, Arc::new(|_| ()), false).unwrap();
+        let machine = Machine::new(
+            &config(accel, kind, image.path()),
+            None,
+            Arc::new(|_| ()),
+            false,
+        )
+        .unwrap();
         if accel == Accel::Kvm {
             machine.start().unwrap();
             machine.dirty_log().start().unwrap();

@@ -39,10 +39,14 @@ impl DiskGuest {
 
     /// A machine with this guest and its disk; several of them share the image.
     pub(crate) fn setup(&self, program: Program) -> Setup {
-        let drive = drive("d0", self.image.path(), "");
+        self.setup_on(program, &drive("d0", self.image.path(), ""))
+    }
+
+    /// The same on another `-drive`, with the id `d0`.
+    pub(crate) fn setup_on(&self, program: Program, drive: &str) -> Setup {
         Setup::new(program).kernel(self.kernel.path()).args(&[
             "-drive",
-            &drive,
+            drive,
             "-device",
             "virtio-blk-device,drive=d0",
         ])
