@@ -26,7 +26,6 @@ use std::path::Path;
 
 use vm_memory::{Bytes, GuestAddress};
 
-pub(super) use self::command_line::MmioDevice;
 use self::kernel::Kernel;
 pub(super) use self::mptable::Processors;
 use super::guest::Error;
@@ -91,13 +90,12 @@ impl Selectors {
 }
 
 impl Program {
-    /// Opens what the configuration names. A kernel is told of `devices`, unless the configuration
+    /// Opens what the configuration names. A kernel is told of the disks, unless the configuration
     /// has something against it.
-    pub(super) fn open(config: &MachineConfig, devices: &[MmioDevice]) -> Result<Self, Error> {
-        let devices = if config.auto_kernel_cmdline {
-            devices
-        } else {
-            &[]
+    pub(super) fn open(config: &MachineConfig) -> Result<Self, Error> {
+        let disks = match config.auto_kernel_cmdline {
+            true => &config.disks[..],
+            false => &[],
         };
         match &config.boot {
             Boot::Builtin => builtin::image(&config.append, config.memory)
@@ -105,7 +103,7 @@ impl Program {
                 .map_err(|error| Error::State(error.to_string())),
             Boot::Bios(path) => read_firmware(path).map(Self::Firmware),
             Boot::Kernel { kernel, initrd } => {
-                Kernel::open(kernel, initrd.as_deref(), &config.append, devices)
+                Kernel::open(kernel, initrd.as_deref(), &config.append, disks)
                     .map(|kernel| Self::Kernel(Box::new(kernel)))
             }
         }

@@ -108,7 +108,7 @@ impl Machine {
             )));
         }
         // No device is on virtio-mmio yet.
-        let program = Program::open(config, &[])?;
+        let program = Program::open(config)?;
         let firmware = backend::block("pc.bios", program.firmware_size(), Backing::Anonymous)?;
         let map =
             Map::new(backend::main_block(config)?, firmware).map_err(|source| Error::System {

@@ -5,11 +5,12 @@
 
 use std::path::Path;
 
-use super::command_line::{self, MmioDevice};
+use super::command_line;
 use super::mptable::{self, Processors};
 use super::ram::{Ram, failed};
 use super::source::Source;
 use super::{Entry, bzimage, e820, elf, multiboot, pvh};
+use crate::config::DiskConfig;
 use crate::vm::guest::Error;
 use crate::vm::map::Map;
 
@@ -37,13 +38,13 @@ enum Format {
 }
 
 impl Kernel {
-    /// Opens the files and recognises the kernel's format. `devices` are told to a kernel that
+    /// Opens the files and recognises the kernel's format. `disks` are told to a kernel that
     /// takes them on its command line, behind `append`.
     pub(super) fn open(
         kernel: &Path,
         initrd: Option<&Path>,
         append: &str,
-        devices: &[MmioDevice],
+        disks: &[DiskConfig],
     ) -> Result<Self, Error> {
         let source = Source::open(kernel, "kernel file")?;
         let format = recognise(&source, initrd)?;
@@ -51,11 +52,11 @@ impl Kernel {
             // QEMU has no such devices for it.
             Format::Multiboot { .. } => (append.to_owned(), pvh::COMMAND_LINE_MAX),
             Format::BzImage { kernel, .. } => (
-                command_line::with_devices(append, devices),
+                command_line::with_disks(append, disks),
                 kernel.command_line_max(),
             ),
             Format::Pvh { .. } => (
-                command_line::with_devices(append, devices),
+                command_line::with_disks(append, disks),
                 pvh::COMMAND_LINE_MAX,
             ),
         };
@@ -155,18 +156,14 @@ mod tests {
     use std::path::Path;
 
     use super::*;
+    use crate::vm::boot::command_line::tests::disk;
     use crate::vm::boot::specimen::{Class, elf};
     use crate::vm::boot::tests::{files, machine, processors, refusal};
 
     #[test]
-    fn devices_are_told_to_a_kernel_that_takes_them() {
-        let device = MmioDevice {
-            base: 0xfeb0_0e00,
-            size: 512,
-            gsi: 12,
-        };
+    fn disks_are_told_to_a_kernel_that_takes_them() {
         let files = files(&elf(Class::Elf64, b"code", true), None);
-        let kernel = Kernel::open(files.kernel.path(), None, "quiet", &[device]).unwrap();
+        let kernel = Kernel::open(files.kernel.path(), None, "quiet", &[disk(7)]).unwrap();
         let map = machine(4 << 20);
         kernel.load(&map, &processors(1)).unwrap();
         let mut line = [0; 44];
