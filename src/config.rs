@@ -126,6 +126,9 @@ pub struct Chips {
     pub pit: bool,
     /// `rtc=on`: an MC146818.
     pub rtc: bool,
+    /// `kernel-irqchip=on`, else `split`. Both are the same chips here, but CPUID tells the guest
+    /// which of QEMU's it could have.
+    pub irqchip_on: bool,
 }
 
 impl Default for Chips {
@@ -135,6 +138,7 @@ impl Default for Chips {
             pic: true,
             pit: true,
             rtc: false,
+            irqchip_on: false,
         }
     }
 }

@@ -71,9 +71,11 @@ pub(super) fn machine(draft: &mut Draft, value: &str) -> Answer {
         pic: chip("pic", default.pic)?,
         pit: chip("pit", default.pit)?,
         rtc: chip("rtc", default.rtc)?,
+        ..default
     };
     match list.take("kernel-irqchip").as_deref() {
-        None | Some("on" | "split") => {}
+        None | Some("split") => {}
+        Some("on") => machine.chips.irqchip_on = true,
         Some("off") => return Err("kernel-irqchip=off: not built in this version".to_owned()),
         Some(value) => {
             return Err(format!(

@@ -153,7 +153,7 @@ impl Accel {
                 let chips = Chips {
                     pic: state.pics.is_some(),
                     pit: state.pit.is_some(),
-                    rtc: false,
+                    ..Chips::default()
                 };
                 State::at_reset(state.cpus.len(), chips)
             }

@@ -15,7 +15,7 @@ use super::{SharedVm, State, Update, lock, no_vcpu};
 use crate::config::Chips;
 use crate::vm::cpu_state::transfer::{self, Features};
 use crate::vm::cpu_state::{CpuState, MCE_BANKS, XsaveLayout};
-use crate::vm::cpuid::{self, Model};
+use crate::vm::cpuid::{self, Host, Model};
 use crate::vm::device::apic::Apic;
 use crate::vm::device::bus::Bus;
 use crate::vm::device::i8254::Pit;
@@ -101,11 +101,16 @@ impl Bare {
             "KVM_GET_SUPPORTED_CPUID",
             kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES),
         )?;
-        let has_deadline = kvm.check_extension(Cap::TscDeadlineTimer);
+        let host = Host {
+            supported: supported.as_slice(),
+            name: cpuid::processor_name(),
+            has_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
+            is_split: !chips.irqchip_on,
+        };
         let mcg_cap = mcg_cap(&kvm);
         let mut fds = Vec::new();
         for index in 0..count {
-            let leaves = model.leaves(&supported, index, count, has_deadline);
+            let leaves = model.leaves(&host, index, count);
             fds.push((create_vcpu(&vm, index, &leaves, mcg_cap)?, leaves));
         }
         let mut triple_fault = kvm_enable_cap {

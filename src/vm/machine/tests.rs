@@ -79,12 +79,14 @@ const EVERY_CHIP: Chips = Chips {
     pic: true,
     pit: true,
     rtc: true,
+    irqchip_on: false,
 };
 /// All that it can switch off.
 const NO_CHIP: Chips = Chips {
     pic: false,
     pit: false,
     rtc: false,
+    irqchip_on: false,
 };
 
 /// Without KVM: says so and ends the test, unless the environment demands KVM.
