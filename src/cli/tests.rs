@@ -66,11 +66,13 @@ fn nothing_means_the_defaults() {
 fn machine_options_reach_the_machine() {
     for line in [
         "-M microvm,acpi=off,pic=on,pit=auto,rtc=off,isa-serial=on,kernel-irqchip=split",
-        "--machine type=microvm,acpi=off,kernel-irqchip=on,auto-kernel-cmdline=on",
+        "--machine type=microvm,acpi=off,kernel-irqchip=split,auto-kernel-cmdline=on",
         "-M microvm",
     ] {
         assert_eq!(config(line).machine, config("").machine, "{line}");
     }
+    let chips = config("-M microvm,kernel-irqchip=on").machine.chips;
+    assert!(chips.irqchip_on);
     let machine = config("-M microvm,auto-kernel-cmdline=off").machine;
     assert!(!machine.auto_kernel_cmdline);
     let chips = config("-M microvm,pic=off,rtc=on").machine.chips;
