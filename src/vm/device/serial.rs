@@ -36,8 +36,12 @@ struct Inner {
     waiting: VecDeque<u8>,
     running: bool,
     level: bool,
-    /// What the chardev was told last.
+    /// Whether there is room for input.
     readable: bool,
+    /// What the chardev was told last.
+    told: bool,
+    /// A thread is telling it.
+    telling: bool,
 }
 
 impl Serial {
@@ -49,6 +53,8 @@ impl Serial {
             running: false,
             level: false,
             readable: false,
+            told: false,
+            telling: false,
         };
         let serial = Arc::new(Self {
             chardev,
@@ -130,14 +136,25 @@ impl Serial {
             inner.level = level;
             (self.irq)(level);
         }
-        let readable = inner.running && inner.waiting.is_empty() && inner.uart.room() > 0;
-        let told = std::mem::replace(&mut inner.readable, readable);
-        drop(inner);
-        // Outside the lock: the chardev has locks of its own.
-        if told != readable {
-            self.chardev.set_readable(readable);
+        inner.readable = inner.running && inner.waiting.is_empty() && inner.uart.room() > 0;
+        if !inner.telling {
+            self.tell(inner);
         }
         result
+    }
+
+    /// Tells the chardev whether there is room. It has locks of its own, so it is told outside of
+    /// this one, and by one thread at a time: of two, the one that comes last might bring old news.
+    fn tell<'a>(&'a self, mut inner: MutexGuard<'a, Inner>) {
+        inner.telling = true;
+        while inner.told != inner.readable {
+            inner.told = inner.readable;
+            let readable = inner.readable;
+            drop(inner);
+            self.chardev.set_readable(readable);
+            inner = self.lock();
+        }
+        inner.telling = false;
     }
 }
 
@@ -168,9 +185,15 @@ mod tests {
         out: Mutex<Vec<u8>>,
         receiver: Mutex<Option<Receiver>>,
         readable: AtomicBool,
+        /// Met twice by whoever says that there is no room: before and after it is noted.
+        slow: Option<std::sync::Barrier>,
     }
 
     impl Wire {
+        fn is_open(&self) -> bool {
+            self.readable.load(Ordering::SeqCst)
+        }
+
         fn type_in(&self, bytes: &[u8]) {
             let mut receiver = self.receiver.lock().unwrap();
             receiver.as_mut().unwrap()(Incoming::Bytes(bytes.to_vec(), Vec::new()));
@@ -195,6 +218,9 @@ mod tests {
         }
 
         fn set_readable(&self, readable: bool) {
+            let slow = self.slow.as_ref().filter(|_| !readable && self.is_open());
+            slow.map(std::sync::Barrier::wait);
+            slow.map(std::sync::Barrier::wait);
             self.readable.store(readable, Ordering::SeqCst);
         }
     }
@@ -227,6 +253,26 @@ mod tests {
         assert_eq!(*wire.out.lock().unwrap(), b"ok");
         serial.set_running(false);
         assert!(!wire.readable.load(Ordering::SeqCst));
+    }
+
+    /// A guest that reads a byte while the chardev is still being told to hold back must not be
+    /// left without input for ever.
+    #[test]
+    fn the_chardev_is_told_the_latest() {
+        let wire = Arc::new(Wire {
+            slow: Some(std::sync::Barrier::new(2)),
+            ..Wire::default()
+        });
+        let serial = Serial::new(Arc::clone(&wire) as Arc<dyn Chardev>, Box::new(|_| ()));
+        serial.set_running(true);
+        assert!(wire.is_open());
+        std::thread::scope(|scope| {
+            scope.spawn(|| wire.type_in(b"a"));
+            wire.slow.as_ref().map(std::sync::Barrier::wait);
+            assert_eq!(serial.read(0), b'a');
+            wire.slow.as_ref().map(std::sync::Barrier::wait);
+        });
+        assert!(wire.is_open());
     }
 
     #[test]
