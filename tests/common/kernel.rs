@@ -2,9 +2,9 @@
 //! `kernel.s`; no tool but the compiler makes it.
 //!
 //! It says `kernel`, `memory <end>` of the RAM it lies in, `command line <line>`, `cpu 1` when the
-//! second vCPU has started (with `alone` in front of the command line it leaves it alone), and then
-//! for ever beacons `B <n>`, each followed by the second vCPU's
-//! timer ticks `C 1 <n>`; `FAULT <what>` if something is wrong.
+//! second vCPU has started, and then for ever beacons `B <n>`, each followed by the second vCPU's
+//! timer ticks `C 1 <n>`, and `R <hex>` for a byte that came in on COM1; `FAULT <what>` if something
+//! is wrong.
 #![expect(unsafe_code, reason = "global_asm! and the symbol it defines")]
 
 use std::arch::global_asm;

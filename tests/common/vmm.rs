@@ -49,6 +49,7 @@ enum Boot {
 pub(crate) struct Setup {
     program: Program,
     accel: &'static str,
+    cpu: &'static str,
     memory_mib: u64,
     vcpus: u32,
     irqchip: &'static str,
@@ -67,6 +68,7 @@ impl Setup {
         Self {
             program,
             accel: "kvm",
+            cpu: "qemu64",
             memory_mib: 64,
             vcpus: 1,
             irqchip: "on",
@@ -83,6 +85,15 @@ impl Setup {
     /// `-accel`, `kvm` or `none`.
     pub(crate) fn accel(mut self, accel: &'static str) -> Self {
         self.accel = accel;
+        self
+    }
+
+    /// `-cpu host`. (KVM without hardware has an MSR that QEMU can not read then.)
+    pub(crate) fn host_cpu(mut self) -> Self {
+        self.cpu = match self.program {
+            Program::Hmpsh => "host",
+            _ => "host,-arch-capabilities",
+        };
         self
     }
 
@@ -175,7 +186,7 @@ impl Setup {
             Program::Qemu7 => stock(Need::Qemu7),
             Program::Qemu10 => stock(Need::Qemu10),
         };
-        command.args(["-accel", self.accel, "-cpu", "qemu64"]);
+        command.args(["-accel", self.accel, "-cpu", self.cpu]);
         command.arg("-M").arg(format!(
             "microvm,acpi=off{},kernel-irqchip={}{}",
             self.chips, self.irqchip, self.machine
