@@ -3,6 +3,7 @@
 mod cuts;
 mod faults;
 mod flips;
+mod golden;
 mod round_trip;
 mod stock;
 
@@ -77,7 +78,7 @@ impl Setting {
 }
 
 /// Loads a stream that was kept.
-fn load(dest: &FakeGuest, board: &Board, stream: &[u8]) -> Result<RunState, Error> {
+fn load(dest: &dyn Guest, board: &Board, stream: &[u8]) -> Result<RunState, Error> {
     let order = Incoming {
         guest: dest,
         board,

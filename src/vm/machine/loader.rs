@@ -77,7 +77,7 @@ impl DeviceLoader for Loader<'_> {
                 self.update.ioapic = Some(decoded(IoApic::default(), header, body)?);
             }
             KvmClock::NAME if index == 0 => {
-                self.update.clock = Some(decoded(KvmClock::at(0), header, body)?);
+                self.update.clock = Some(decoded(KvmClock::incoming(), header, body)?);
             }
             Pic::NAME if index < CHIPS && self.machine.chips.pic => {
                 self.update.pics[index] = Some(decoded(Pic::default(), header, body)?);
