@@ -259,10 +259,16 @@ fn name(program: Program) -> &'static str {
 
 /// Migrates, sees the guest gone and returns what the source says of it.
 fn hand_over(source: &mut Vmm, uri: &str) -> String {
-    let printed = source.command(&format!("migrate {uri}"));
-    let told = source.command("info migrate");
+    let printed = source.command(&format!("migrate -d {uri}"));
+    // QEMU reads all of 5 GiB, on a busy machine for a while.
+    let mut told = String::new();
+    let ended = poll(Duration::from_secs(60), || {
+        told = source.command("info migrate");
+        let has_ended = ["completed", "failed"].map(|end| format!("status: {end}"));
+        has_ended.iter().any(|end| told.contains(end)).then_some(())
+    });
     assert!(
-        told.contains("Migration status: completed"),
+        ended.is_some() && told.contains("Migration status: completed"),
         "migrate {uri}: {printed}{told}{}",
         source.said()
     );
