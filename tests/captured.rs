@@ -181,9 +181,13 @@ fn ours_is_described_to_its_last_byte() {
     if !require(Hmpsh.needs()) {
         return;
     }
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    let drive = format!("if=none,id=d0,format=raw,file={}", image.path().display());
     let mut source = Setup::new(Hmpsh)
         .vcpus(2)
         .machine(EVERY_CHIP)
+        .args(&["-drive", &drive, "-device", "virtio-blk-device,drive=d0"])
         .append("window=1M")
         .start();
     source.wait_beacons(5);
@@ -210,6 +214,7 @@ fn ours_is_described_to_its_last_byte() {
             "i8254 0",
             "mc146818rtc 0",
             "serial 0",
+            "virtio-mmio@00000000feb00e00/virtio-blk 0",
             "globalstate 0"
         ]
     );

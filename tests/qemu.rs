@@ -211,6 +211,38 @@ fn terse(from: Program, to: Program) {
     goes_on(&[&source, &dest]);
 }
 
+/// A destination has nothing to say on its standard error that the same QEMU, started for a guest of
+/// its own, does not say too.
+fn says_nothing(to: Program) {
+    if !have(&[Hmpsh, to]) {
+        return;
+    }
+    let image = tempfile::NamedTempFile::new().unwrap();
+    image.as_file().set_len(1 << 20).unwrap();
+    let drive = format!("if=none,id=d0,format=raw,file={}", image.path().display());
+    let disk = ["-drive", &drive, "-device", "virtio-blk-device,drive=d0"];
+    let shape = Shape {
+        vcpus: 2,
+        properties: ",pic=on,pit=on,rtc=on",
+        ..SPLIT
+    };
+    let alone = shape.setup(to).args(&disk).args(&["-S"]).start().said();
+    let mut source = shape.setup(Hmpsh).args(&disk).start();
+    source.wait_beacons(5);
+    let setup = shape.setup(to).args(&disk);
+    let mut dest = setup.incoming("tcp:127.0.0.1:0").start();
+    let port = dest.port();
+    migrate(&mut source, &format!("tcp:127.0.0.1:{port}"));
+    dest.wait_status("running");
+    goes_on(&[&source, &dest]);
+    let said = dest.said();
+    let new: Vec<_> = said
+        .lines()
+        .filter(|line| !alone.contains(line.trim_end()))
+        .collect();
+    assert!(new.is_empty(), "{new:?}");
+}
+
 /// The command that QEMU 10.0 sends before the last memory: 10.0 understands it, 7.2 dies of it, and
 /// then the guest goes on here.
 fn switchover_start(to: Program, is_understood: bool) {
@@ -289,6 +321,8 @@ cells! {
     date_arrives_at_10_0: date_arrives(Qemu10);
     masks_arrive_at_7_2: masks_arrive(Qemu7);
     masks_arrive_at_10_0: masks_arrive(Qemu10);
+    nothing_is_said_by_7_2: says_nothing(Qemu7);
+    nothing_is_said_by_10_0: says_nothing(Qemu10);
     terse_to_7_2: terse(Hmpsh, Qemu7);
     terse_to_10_0: terse(Hmpsh, Qemu10);
     terse_from_7_2: terse(Qemu7, Hmpsh);
