@@ -85,7 +85,11 @@ mod tests {
 
     #[test]
     fn the_text_is_shaped_as_qemus() {
-        let seal = Seal { stream: 1, ram: 2 };
+        let seal = Seal {
+            stream: 1,
+            ram: 2,
+            marks: vec![3, 4],
+        };
         let text = text("microvm", &[globalstate::save(RunState::Running)], &seal);
         assert_eq!(
             text,
@@ -95,7 +99,8 @@ mod tests {
              \"globalstate\", \"instance_id\": 0, \"vmsd_name\": \"globalstate\", \"version\": 1, \
              \"fields\": [{\"name\": \"size\", \"type\": \"uint32\", \"size\": 4}, {\"name\": \
              \"runstate\", \"type\": \"buffer\", \"size\": 100}]}], \"hmpsh-integrity\": \
-             {\"version\": 1, \"stream\": \"0000000000000001\", \"ram\": \"0000000000000002\"}}"
+             {\"version\": 1, \"stream\": \"0000000000000001\", \"ram\": \"0000000000000002\", \
+             \"marks\": \"0000000300000004\"}}"
         );
         assert!(serde_json::from_str::<Value>(&text).is_ok());
         assert_eq!(Seal::find(text.as_bytes()), Sealing::Sealed(seal));

@@ -6,12 +6,14 @@
 //! QEMU: `qemu_loadvm_state` and `process_incoming_migration_co`.
 
 mod hand_over;
+mod place;
 mod sections;
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::time::Duration;
 
+use self::place::Place;
 use super::Error;
 use super::channel::Channel;
 use super::clock::Clock;
@@ -66,6 +68,7 @@ impl Incoming<'_> {
             state: None,
             is_promised: false,
             doubt: None,
+            place: Place::default(),
             order: self,
         };
         arrival.show(Status::Setup, None);
@@ -77,7 +80,11 @@ impl Incoming<'_> {
                 }
                 Ok(state)
             }
-            Err(error) => Err(arrival.fail(error)),
+            Err(error) => {
+                let position = arrival.reader.position();
+                let error = arrival.place.of(error, position);
+                Err(arrival.fail(error))
+            }
         }
     }
 }
@@ -108,6 +115,7 @@ struct Arrival<'a> {
     is_promised: bool,
     /// Why nobody here can know whether the source has resumed the guest.
     doubt: Option<&'static str>,
+    place: Place,
     started: Duration,
 }
 
@@ -115,10 +123,11 @@ impl Arrival<'_> {
     fn script(&mut self) -> Result<RunState, Error> {
         self.header()?;
         self.sections()?;
-        let stream = self.reader.digest();
-        let sealing = self.description()?;
         self.check_completeness()?;
-        self.check_integrity(stream, sealing)?;
+        let (stream, end) = (self.reader.digest().value(), self.reader.position());
+        let seal = self.description()?;
+        self.place.forget();
+        self.check_integrity(seal, stream, end)?;
         if self.source == Source::Unknown {
             self.reader.channel().settle()?;
         }
@@ -130,6 +139,7 @@ impl Arrival<'_> {
         if self.reader.be32()? != MAGIC {
             return Err(Error::stream("Not a migration stream"));
         }
+        self.place.enter("header".to_owned(), 0);
         self.reader.set_patience(PATIENCE);
         match self.reader.be32()? {
             VERSION => {}
@@ -145,34 +155,45 @@ impl Arrival<'_> {
             }
         }
         self.show(Status::Active, None);
-        if !self.order.dialect.configuration {
-            return Ok(());
+        if self.order.dialect.configuration {
+            let machine = self.order.guest.machine_type();
+            configuration::load(
+                &mut self.reader,
+                configuration::Local {
+                    machine,
+                    uuid: self.order.uuid,
+                },
+            )?;
         }
-        let machine = self.order.guest.machine_type();
-        configuration::load(
-            &mut self.reader,
-            configuration::Local {
-                machine,
-                uuid: self.order.uuid,
-            },
-        )
+        self.mark();
+        Ok(())
+    }
+
+    /// What was being read is over, and hashed up to here.
+    fn mark(&mut self) {
+        self.place.mark(self.reader.position());
+        self.reader.digest().mark();
+        self.place.leave();
     }
 
     /// Reads the trailing JSON, of which only the end is of interest.
-    fn description(&mut self) -> Result<Sealing, Error> {
+    fn description(&mut self) -> Result<Option<Seal>, Error> {
+        let from = self.reader.position();
         let next = self.reader.peek(1).map(|byte| byte.first().copied());
         let next = next.map_err(|error| self.io_error(&error))?;
         if next != Some(VMDESCRIPTION) {
             let found = next.map_or("the end".to_owned(), |byte| byte.to_string());
             let text = format!("Expected vmdescription section, but got {found}");
-            // With a way back the source would wait for us or has gone away: not QEMU's doing.
-            if self.source == Source::Unknown && !self.is_promised {
+            // A QEMU can be told to send none, and sends nothing else then. With a way back it
+            // would wait for us.
+            if next.is_none() && self.source == Source::Unknown && !self.is_promised {
                 log::warn!("{text}");
-                return Ok(Sealing::Absent);
+                return Ok(None);
             }
             return Err(Error::Stream(text));
         }
         self.reader.u8()?;
+        self.place.enter("description".to_owned(), from);
         let mut left = self.reader.be32()? as usize;
         let mut piece = [0; 4096];
         let mut tail = Vec::with_capacity(SEAL_REACH + piece.len());
@@ -183,7 +204,17 @@ impl Arrival<'_> {
             tail.drain(..tail.len().saturating_sub(SEAL_REACH));
             left -= n;
         }
-        Ok(Seal::find(&tail))
+        match Seal::find(&tail) {
+            Sealing::Sealed(seal) => Ok(Some(seal)),
+            _ if self.source == Source::Hmpsh || self.is_promised => Err(Error::stream(
+                "The migration stream has no integrity key, or a damaged one",
+            )),
+            Sealing::Absent => Ok(None),
+            Sealing::Foreign => {
+                log::warn!("Integrity key of another version: the stream is not checked");
+                Ok(None)
+            }
+        }
     }
 
     fn check_completeness(&self) -> Result<(), Error> {
@@ -210,24 +241,16 @@ impl Arrival<'_> {
         )))
     }
 
-    fn check_integrity(&self, stream: u64, sealing: Sealing) -> Result<(), Error> {
-        let seal = match sealing {
-            Sealing::Sealed(seal) => seal,
-            _ if self.source == Source::Hmpsh || self.is_promised => {
-                return Err(Error::stream(
-                    "The migration stream has no integrity key, or a damaged one",
-                ));
-            }
-            Sealing::Absent => return Ok(()),
-            Sealing::Foreign => {
-                log::warn!("Integrity key of another version: the stream is not checked");
-                return Ok(());
-            }
-        };
+    /// Compares with what the source says: `stream` is the hash of what was read here, `end` the
+    /// number of its bytes.
+    fn check_integrity(&mut self, seal: Option<Seal>, stream: u64, end: u64) -> Result<(), Error> {
+        let Some(seal) = seal else { return Ok(()) };
         if seal.stream != stream {
-            return Err(Error::stream(
-                "The migration stream was corrupted on its way: its hash differs",
-            ));
+            let ours = self.reader.digest().marks();
+            let place = self.place.of_damage(&seal.marks, ours, end);
+            return Err(Error::Stream(format!(
+                "The migration stream was corrupted on its way: its hash differs ({place})"
+            )));
         }
         if seal.ram != self.ram.sum() {
             return Err(Error::stream(

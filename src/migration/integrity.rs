@@ -98,18 +98,31 @@ const LEAST: u64 = 1;
 
 /// Hash over the stream's bytes that are no page contents.
 #[derive(Default)]
-pub struct Digest(Xxh3Default);
+pub struct Digest {
+    hash: Xxh3Default,
+    marks: Vec<u32>,
+}
 
 impl Digest {
     /// Takes the next bytes.
     #[inline]
     pub fn update(&mut self, bytes: &[u8]) {
-        self.0.update(bytes);
+        self.hash.update(bytes);
     }
 
     /// The hash of everything so far.
     pub fn value(&self) -> u64 {
-        self.0.digest()
+        self.hash.digest()
+    }
+
+    /// Keeps the low half of the value, by which damage up to here is told from damage after it.
+    pub fn mark(&mut self) {
+        self.marks.push(self.value() as u32);
+    }
+
+    /// What was kept, in order.
+    pub fn marks(&self) -> &[u32] {
+        &self.marks
     }
 }
 
@@ -117,17 +130,19 @@ impl Digest {
 /// what is hashed, so a seal that was damaged or cut off is missed.
 pub const PROMISE: u32 = 0x6873_6831;
 
-/// Both values, as they travel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Both values and the marks, as they travel.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Seal {
     /// [`Digest::value`] after the EOF byte.
     pub stream: u64,
     /// [`PageHashes::sum`] at the end.
     pub ram: u64,
+    /// [`Digest::marks`]: one after the header, and one after each section but the PARTs.
+    pub marks: Vec<u32>,
 }
 
 /// What the end of a trailing JSON text says about integrity.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Sealing {
     /// Nothing: the source is not hmpsh.
     Absent,
@@ -140,15 +155,18 @@ pub enum Sealing {
 const KEY: &str = "\"hmpsh-integrity\": ";
 const VERSION: u64 = 1;
 
-/// Bytes at the end of the JSON text that [`Seal::find`] needs to see.
-pub const SEAL_REACH: usize = 128;
+/// Bytes at the end of the JSON text that [`Seal::find`] needs to see: enough for the marks of a
+/// machine with as many vCPUs as KVM has.
+pub const SEAL_REACH: usize = 32 << 10;
 
 impl Seal {
     /// The member for the trailing JSON: key and value.
     pub fn member(&self) -> String {
-        let Self { stream, ram } = self;
+        let Self { stream, ram, marks } = self;
+        let marks: String = marks.iter().map(|mark| format!("{mark:08x}")).collect();
         format!(
-            "{KEY}{{\"version\": {VERSION}, \"stream\": \"{stream:016x}\", \"ram\": \"{ram:016x}\"}}"
+            "{KEY}{{\"version\": {VERSION}, \"stream\": \"{stream:016x}\", \"ram\": \"{ram:016x}\", \
+             \"marks\": \"{marks}\"}}"
         )
     }
 
@@ -162,6 +180,11 @@ impl Seal {
         let hex = |json: &serde_json::Value, name: &str| {
             u64::from_str_radix(json.get(name)?.as_str()?, 16).ok()
         };
+        let marks = |json: &serde_json::Value| {
+            let digits = json.get("marks")?.as_str()?.as_bytes();
+            let mark = |digits| u32::from_str_radix(str::from_utf8(digits).ok()?, 16).ok();
+            digits.chunks(8).map(mark).collect::<Option<_>>()
+        };
         let seal = serde_json::from_str::<serde_json::Value>(value)
             .ok()
             .and_then(|json| {
@@ -169,6 +192,7 @@ impl Seal {
                     Some(Self {
                         stream: hex(&json, "stream")?,
                         ram: hex(&json, "ram")?,
+                        marks: marks(&json)?,
                     })
                 })?
             });
@@ -215,8 +239,12 @@ mod tests {
         }
 
         #[test]
-        fn seal_is_found_again(stream: u64, ram: u64) {
-            let seal = Seal { stream, ram };
+        fn seal_is_found_again(
+            stream: u64,
+            ram: u64,
+            marks in proptest::collection::vec(any::<u32>(), 0..3000),
+        ) {
+            let seal = Seal { stream, ram, marks };
             let text = format!("{{\"devices\": [], {}}}", seal.member());
             prop_assert!(seal.member().len() < SEAL_REACH);
             prop_assert_eq!(Seal::find(text.as_bytes()), Sealing::Sealed(seal));

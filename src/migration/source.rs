@@ -128,6 +128,7 @@ impl<'a> Run<'a> {
                 configuration::put(machine, to);
             }
         });
+        self.writer.mark();
     }
 
     /// Finds out who is there, and, if it is hmpsh, whether the guest fits there.
@@ -272,6 +273,7 @@ impl<'a> Run<'a> {
                 to.extend(&section.body);
                 dialect.put_footer(id, to);
             });
+            self.writer.mark();
         }
         self.writer.flush()?;
         Ok(sections)

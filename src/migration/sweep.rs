@@ -4,6 +4,7 @@ mod cuts;
 mod faults;
 mod flips;
 mod golden;
+mod own;
 mod round_trip;
 mod stock;
 

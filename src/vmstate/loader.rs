@@ -43,28 +43,32 @@ impl<'a> Loader<'a> {
 
     /// Name of the subsection of `parent` that comes next, if one does.
     fn next_subsection(&mut self, parent: &str) -> Result<Option<Vec<u8>>> {
-        let section = self.section();
-        let failed = |source| Error::Read {
-            section,
-            field: "subsections".to_owned(),
-            source,
-        };
-        let peek = |from: &mut dyn StateReader, n| from.peek(n).map(<[u8]>::to_vec);
         // QEMU asks for the first byte alone: behind a section there may be nothing else.
-        let head = peek(self.from, 2).map_err(failed)?;
-        let (Some(&SUBSECTION), Some(&len)) = (head.first(), head.get(1)) else {
+        let head = self.peek(2)?;
+        if head.first() != Some(&SUBSECTION) {
             return Ok(None);
-        };
-        let all = usize::from(len).saturating_add(2).min(256);
-        let section = self.section();
-        let bytes = peek(self.from, all).map_err(|source| Error::Read {
-            section,
-            field: "subsections".to_owned(),
-            source,
-        })?;
+        }
+        let len = head.get(1).map_or(0, |len| usize::from(*len));
+        let all = len.saturating_add(2).min(256);
+        let bytes = self.peek(all)?;
         let name = bytes.get(2..).unwrap_or_default();
-        let ours = name.len() > parent.len() && name.starts_with(parent.as_bytes());
-        Ok((bytes.len() == all && ours).then(|| name.to_vec()))
+        let parent = parent.as_bytes();
+        if bytes.len() == all {
+            let ours = name.len() > parent.len() && name.starts_with(parent);
+            return Ok(ours.then(|| name.to_vec()));
+        }
+        // The stream ends here. A struct may be followed by such a byte, a section may not.
+        let common = name.len().min(parent.len());
+        if name[..common] == parent[..common] && (common > 0 || self.path.len() == 1) {
+            self.read("subsections", &mut vec![0; all])?;
+        }
+        Ok(None)
+    }
+
+    /// A copy of the next `n` bytes, or of fewer at the end.
+    fn peek(&mut self, n: usize) -> Result<Vec<u8>> {
+        let bytes = self.from.peek(n).map(<[u8]>::to_vec);
+        bytes.map_err(|source| self.failed("subsections", source))
     }
 }
 
@@ -114,6 +118,8 @@ impl Visitor for Loader<'_> {
 
     fn subsections(&mut self, parent: &'static str, all: &[Candidate], body: Body<'_>) -> Result {
         while let Some(name) = self.next_subsection(parent)? {
+            let mut skipped = vec![0; name.len() + 2];
+            self.read("subsections", &mut skipped)?;
             let found = all
                 .iter()
                 .enumerate()
@@ -121,11 +127,9 @@ impl Visitor for Loader<'_> {
             let Some((index, subsection)) = found else {
                 return Err(Error::UnknownSubsection {
                     section: self.section(),
-                    subsection: String::from_utf8_lossy(&name).into_owned(),
+                    subsection: name.escape_ascii().to_string(),
                 });
             };
-            let mut skipped = vec![0; name.len() + 2];
-            self.read(subsection.name, &mut skipped)?;
             let mut version = [0; 4];
             self.read(subsection.name, &mut version)?;
             let version = u32::from_be_bytes(version);

@@ -15,11 +15,17 @@ impl Arrival<'_> {
     /// Reads up to and including EOF.
     pub(super) fn sections(&mut self) -> Result<(), Error> {
         loop {
+            let from = self.reader.position();
             match self.reader.u8()? {
-                EOF => return Ok(()),
-                START => self.start()?,
-                kind @ (PART | END) => self.piece(kind == END)?,
-                FULL => self.device()?,
+                EOF => {
+                    self.place.enter("the end".to_owned(), from);
+                    self.place.leave();
+                    return Ok(());
+                }
+                START => self.start(from)?,
+                PART => self.piece(from, false)?,
+                END => self.piece(from, true)?,
+                FULL => self.device(from)?,
                 COMMAND => match self.command()? {
                     Command::Go => return Err(Error::stream("GO came before the end")),
                     _ => continue,
@@ -34,8 +40,8 @@ impl Arrival<'_> {
         }
     }
 
-    fn start(&mut self) -> Result<(), Error> {
-        let (id, header) = self.header_of_section()?;
+    fn start(&mut self, from: u64) -> Result<(), Error> {
+        let (id, header) = self.header_of_section(from)?;
         if (&*header.idstr, header.instance) != (ram::IDSTR, 0) {
             return Err(Error::Stream(unknown_section(
                 &header.idstr,
@@ -43,17 +49,25 @@ impl Arrival<'_> {
             )));
         }
         self.ram.setup(&mut self.reader, &header, id)?;
-        self.footer(&header.idstr, id)
+        self.footer(&header.idstr, id)?;
+        self.mark();
+        Ok(())
     }
 
-    fn piece(&mut self, is_end: bool) -> Result<(), Error> {
+    fn piece(&mut self, from: u64, is_end: bool) -> Result<(), Error> {
+        self.place.enter(named(ram::IDSTR, 0), from);
         let id = self.reader.be32()?;
         self.ram.load(&mut self.reader, id, is_end)?;
-        self.footer(ram::IDSTR, id)
+        self.footer(ram::IDSTR, id)?;
+        match is_end {
+            true => self.mark(),
+            false => self.place.leave(),
+        }
+        Ok(())
     }
 
-    fn device(&mut self) -> Result<(), Error> {
-        let (id, header) = self.header_of_section()?;
+    fn device(&mut self, from: u64) -> Result<(), Error> {
+        let (id, header) = self.header_of_section(from)?;
         if !self.seen.insert((header.idstr.clone(), header.instance)) {
             let name = header.idstr.escape_default();
             let text = format!("Section '{name}' {} came twice", header.instance);
@@ -70,13 +84,17 @@ impl Arrival<'_> {
             }
             result?;
         }
-        self.footer(&header.idstr, id)
+        self.footer(&header.idstr, id)?;
+        self.mark();
+        Ok(())
     }
 
-    fn header_of_section(&mut self) -> Result<(u32, SectionHeader), Error> {
+    fn header_of_section(&mut self, from: u64) -> Result<(u32, SectionHeader), Error> {
         let id = self.reader.be32()?;
         let idstr = self.reader.cstr()?;
-        let (instance, version) = (self.reader.be32()?, self.reader.be32()?);
+        let instance = self.reader.be32()?;
+        self.place.enter(named(&idstr, instance), from);
+        let version = self.reader.be32()?;
         Ok((
             id,
             SectionHeader {
@@ -127,7 +145,7 @@ impl Arrival<'_> {
             Command::Abandon => {
                 let text = self.payload(length)?;
                 let text = String::from_utf8_lossy(&text).escape_debug().to_string();
-                return Err(Error::Stream(format!("The source gave up: {text}")));
+                return Err(Error::Peer(format!("The source gave up: {text}")));
             }
         }
         Ok(command)
@@ -163,4 +181,8 @@ impl Arrival<'_> {
         self.reader.exact(&mut payload)?;
         Ok(payload)
     }
+}
+
+fn named(idstr: &str, instance: u32) -> String {
+    format!("section '{}' {instance}", idstr.escape_default())
 }

@@ -66,6 +66,7 @@ impl<'a> RamSave<'a> {
             put_block_list(self.blocks.iter().map(|block| &**block), to);
             self.dialect.put_footer(SECTION_ID, to);
         });
+        writer.mark();
         self.sync(writer)?;
         for (index, block) in self.blocks.iter().enumerate().skip(1) {
             if !blank && block.len() <= FIRMWARE_LIMIT {
@@ -122,6 +123,7 @@ impl<'a> RamSave<'a> {
         writer.put(|to| put_piece(END, SECTION_ID, to));
         self.pages(writer, u64::MAX, Duration::MAX)?;
         writer.put(|to| finish(self.dialect, to));
+        writer.mark();
         self.flush(writer)?;
         writer.progress.ram.downtime_bytes += writer.total() - begin;
         Ok(())

@@ -109,6 +109,7 @@ impl Run<'_> {
         let seal = Seal {
             stream: self.writer.digest(),
             ram,
+            marks: self.writer.marks().to_vec(),
         };
         let machine = self.order.guest.machine_type();
         self.writer

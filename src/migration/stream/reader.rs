@@ -53,9 +53,14 @@ impl Reader {
         self.received
     }
 
+    /// Bytes consumed: the offset of the next one.
+    pub fn position(&self) -> u64 {
+        self.received - (self.end - self.start) as u64
+    }
+
     /// Hash of everything consumed that was no page content.
-    pub fn digest(&self) -> u64 {
-        self.digest.value()
+    pub fn digest(&mut self) -> &mut Digest {
+        &mut self.digest
     }
 
     /// The channel, for answers.

@@ -93,6 +93,17 @@ impl<'a> Writer<'a> {
         self.digest.value()
     }
 
+    /// Marks the hash here ([`Digest::mark`]).
+    pub fn mark(&mut self) {
+        self.digest();
+        self.digest.mark();
+    }
+
+    /// The marks so far.
+    pub fn marks(&self) -> &[u32] {
+        self.digest.marks()
+    }
+
     /// Whether a failed flush left the peer with an incomplete record.
     pub fn is_torn(&self) -> bool {
         self.torn

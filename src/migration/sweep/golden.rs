@@ -14,7 +14,8 @@ use crate::vm::machine::Machine;
 /// QEMU 7.2, one vCPU, every chip; 2 MiB of memory, paused.
 const STREAM: &[u8] = include_bytes!("../../../tests/data/qemu-7.2-chips.mig");
 
-fn machine(accel: Accel) -> Arc<Machine> {
+/// A machine as the stream's.
+pub(super) fn machine(accel: Accel) -> Arc<Machine> {
     let config = MachineConfig {
         accel: Some(accel),
         cpu: "qemu64".to_owned(),
@@ -71,8 +72,21 @@ fn head() -> Range<usize> {
         + 13
 }
 
+/// The machine that the stream brings.
+pub(super) fn receive() -> Arc<Machine> {
+    arrives(Accel::None, STREAM).unwrap()
+}
+
+/// Which bits of the byte at an offset are flipped: all of them where there is time.
+pub(super) fn bits(at: usize) -> Range<usize> {
+    match std::env::var_os("HMPSH_EVERY_BIT") {
+        Some(_) => 0..8,
+        None => at % 8..at % 8 + 1,
+    }
+}
+
 /// Loads a stream. `Err` is what the operator reads.
-fn arrives(accel: Accel, stream: &[u8]) -> Result<Arc<Machine>, String> {
+pub(super) fn arrives(accel: Accel, stream: &[u8]) -> Result<Arc<Machine>, String> {
     let dest = machine(accel);
     match load(&*dest, &Board::default(), stream) {
         Ok(state) => {
@@ -81,6 +95,14 @@ fn arrives(accel: Accel, stream: &[u8]) -> Result<Arc<Machine>, String> {
         }
         Err(error) => Err(error.to_string()),
     }
+}
+
+/// What a machine holds, but for what passes by itself.
+pub(super) fn state(saved: &[SavedSection]) -> Vec<&[u8]> {
+    // The time of day goes on.
+    let clock = |section: &SavedSection| section.header.idstr == "mc146818rtc";
+    let from = |section| if clock(section) { 10 } else { 0 };
+    saved.iter().map(|s| &s.body[from(s)..]).collect()
 }
 
 /// What a machine holds can be loaded, and is the same then.
@@ -94,16 +116,7 @@ fn can_move_on(machine: &Machine, why: &str) {
     }
     loader.apply().unwrap();
     let again = other.save_devices().unwrap();
-    let body = |section: &SavedSection| {
-        // The time of day goes on.
-        let from = if section.header.idstr == "mc146818rtc" {
-            10
-        } else {
-            0
-        };
-        section.body[from..].to_vec()
-    };
-    assert!(saved.iter().map(body).eq(again.iter().map(body)), "{why}");
+    assert!(state(&saved) == state(&again), "{why}");
 }
 
 fn flip(accel: Accel, stream: &mut [u8], at: usize, bit: usize) {
@@ -117,17 +130,15 @@ fn flip(accel: Accel, stream: &mut [u8], at: usize, bit: usize) {
 
 #[test]
 fn the_stream_itself_arrives() {
-    can_move_on(&arrives(Accel::None, STREAM).unwrap(), "unharmed");
+    can_move_on(&receive(), "unharmed");
     assert!(STREAM[..8].starts_with(b"QEVM") && head().len() > 60);
 }
 
 #[test]
 fn no_flipped_bit_does_harm() {
     let mut stream = STREAM.to_vec();
-    let every = std::env::var_os("HMPSH_EVERY_BIT").is_some();
     for at in head().chain(devices()) {
-        let bits = if every { 0..8 } else { at % 8..at % 8 + 1 };
-        for bit in bits {
+        for bit in bits(at) {
             flip(Accel::None, &mut stream, at, bit);
         }
     }
