@@ -1,10 +1,16 @@
 //! Floor 2: what is behind a disk. A [`Backend`] has bytes at offsets; image formats are its
 //! implementations, disk devices its users.
 
+mod drive;
+#[cfg(test)]
+mod memory;
 mod raw;
 
 use std::io;
 
+pub use self::drive::{CHUNK, Drive};
+#[cfg(test)]
+pub(crate) use self::memory::{Memory, words};
 pub use self::raw::{OpenError, Raw};
 use crate::iov::{In, Out};
 

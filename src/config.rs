@@ -63,7 +63,7 @@ pub struct MachineConfig {
     /// Chips that a machine may have or not.
     pub chips: Chips,
     /// `-drive`, in the order given, with or without a disk that uses it.
-    pub drives: Vec<Drive>,
+    pub drives: Vec<DriveConfig>,
     /// Disks in the order of their sections in a stream.
     pub disks: Vec<DiskConfig>,
     /// `-M memory-backend=ID`: names and backs the main RAM block.
@@ -81,7 +81,9 @@ const SLOTS_GSI: u32 = 5;
 
 /// `-drive`: an image.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Drive {
+pub struct DriveConfig {
+    /// `id=`, or the name QEMU gives.
+    pub id: String,
     /// The file or block device.
     pub file: PathBuf,
     /// `readonly=on`.

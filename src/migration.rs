@@ -7,6 +7,7 @@
 //!
 //! The rule that everything here serves: at every instant at most one side runs the guest.
 
+pub mod block;
 pub mod channel;
 pub mod clock;
 pub mod configuration;

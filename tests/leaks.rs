@@ -10,7 +10,7 @@ use std::time::Duration;
 use common::need::{Need, require};
 use common::poll;
 use hmpsh::config::{
-    Accel, BackendKind, Boot, Chips, DiskConfig, Drive, MachineConfig, MemoryBackend,
+    Accel, BackendKind, Boot, Chips, DiskConfig, DriveConfig, MachineConfig, MemoryBackend,
 };
 use hmpsh::vm::guest::Guest;
 use hmpsh::vm::machine::Machine;
@@ -28,7 +28,8 @@ fn config(accel: Accel, kind: BackendKind, image: &Path) -> MachineConfig {
         auto_kernel_cmdline: true,
         serial: None,
         chips: Chips::default(),
-        drives: vec![Drive {
+        drives: vec![DriveConfig {
+            id: "d0".to_owned(),
             file: image.to_owned(),
             is_read_only: false,
             is_guessed: false,

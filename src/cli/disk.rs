@@ -4,7 +4,7 @@ use super::Error;
 use super::draft::Draft;
 use super::keyval::KeyVal;
 use super::memory::check_id;
-use crate::config::{DiskConfig, Drive, SLOTS};
+use crate::config::{DiskConfig, DriveConfig, SLOTS};
 use crate::units::parse_switch;
 
 type Answer = Result<(), String>;
@@ -12,9 +12,8 @@ type Answer = Result<(), String>;
 /// A `-drive`.
 #[derive(Debug)]
 pub(super) struct DriveDraft {
-    id: String,
     interface: Interface,
-    drive: Drive,
+    drive: DriveConfig,
 }
 
 /// A `-device`.
@@ -46,7 +45,7 @@ pub(super) fn drive(draft: &mut Draft, value: &str) -> Answer {
     let id = list.take("id");
     if let Some(id) = &id {
         check_id(id)?;
-        if draft.drives.iter().any(|drive| drive.id == *id) {
+        if draft.drives.iter().any(|drive| drive.drive.id == *id) {
             return Err(format!("Duplicate ID '{id}' for drive"));
         }
     }
@@ -110,9 +109,9 @@ pub(super) fn drive(draft: &mut Draft, value: &str) -> Answer {
         Interface::None | Interface::Open => format!("none{count}0"),
     };
     draft.drives.push(DriveDraft {
-        id: id.unwrap_or(name),
         interface,
-        drive: Drive {
+        drive: DriveConfig {
+            id: id.unwrap_or(name),
             file: file.into(),
             is_read_only,
             is_guessed: format.is_none(),
@@ -177,7 +176,7 @@ fn slot_of(bus: &str) -> Result<usize, String> {
 }
 
 /// Connects devices and drives.
-pub(super) fn connect(draft: &mut Draft) -> Result<(Vec<Drive>, Vec<DiskConfig>), Error> {
+pub(super) fn connect(draft: &mut Draft) -> Result<(Vec<DriveConfig>, Vec<DiskConfig>), Error> {
     let drives = std::mem::take(&mut draft.drives);
     let mut disks: Vec<DiskConfig> = Vec::new();
     for device in std::mem::take(&mut draft.devices) {
@@ -186,7 +185,7 @@ pub(super) fn connect(draft: &mut Draft) -> Result<(Vec<Drive>, Vec<DiskConfig>)
             text,
         };
         let id = &device.drive;
-        let Some(drive) = drives.iter().position(|drive| drive.id == *id) else {
+        let Some(drive) = drives.iter().position(|drive| drive.drive.id == *id) else {
             return Err(refused(format!(
                 "Property '{DISK}.drive' can't find value '{id}'"
             )));

@@ -52,13 +52,23 @@ impl Control {
             };
         });
         let text = options.uri.clone();
+        let with_disks = options.block || options.incremental;
+        if with_disks {
+            self.settings.switch_block(true, options.incremental);
+        }
         let spawned = self.spawn(&mut job, "migration", move |control| {
             let run = || control.leave(prepared, &text, &brake);
             if catch_unwind(AssertUnwindSafe(run)).is_err() {
                 control.leave_failed("internal error in the migration thread".to_owned());
             }
+            if with_disks {
+                control.settings.switch_block(false, false);
+            }
         });
         if let Err(error) = &spawned {
+            if with_disks {
+                self.settings.switch_block(false, false);
+            }
             self.leave_failed(error.to_string());
         }
         spawned
@@ -74,11 +84,6 @@ impl Control {
     }
 
     fn check_may_leave(&self, options: &MigrateOptions) -> Result<(), Error> {
-        if options.block || options.incremental {
-            return Err(Error::new(
-                "block migration (-b, -i): not built in this version",
-            ));
-        }
         if options.resume {
             return Err(Error::new("Cannot resume if there is no paused migration"));
         }
@@ -91,6 +96,13 @@ impl Control {
             RunState::PostMigrate => Err(Error::new(
                 "Can't migrate the vm that was paused due to previous migration",
             )),
+            _ if (options.block || options.incremental)
+                && (self.settings.block() || self.settings.block_incremental()) =>
+            {
+                Err(Error::new(
+                    "Command options are incompatible with current migration capabilities",
+                ))
+            }
             _ => self
                 .migration_blockers()
                 .into_iter()
@@ -124,6 +136,8 @@ impl Control {
         let outgoing = Outgoing {
             guest: &*machine,
             limits: &|| self.limits(),
+            block: self.settings.block(),
+            zero_blocks: self.settings.zero_blocks(),
             return_path: self.settings.return_path(),
             dialect: self.settings.dialect(),
             board: &self.board,

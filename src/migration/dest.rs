@@ -15,6 +15,7 @@ use std::time::Duration;
 
 use self::place::Place;
 use super::Error;
+use super::block::BlockLoad;
 use super::channel::Channel;
 use super::clock::Clock;
 use super::configuration;
@@ -62,6 +63,7 @@ impl Incoming<'_> {
             started: self.clock.now(),
             reader: Reader::new(channel, FIRST_PATIENCE),
             ram: RamLoad::new(self.guest.ram()),
+            block: BlockLoad::new(self.guest.drives()),
             loader: Some(self.guest.loader()),
             seen: BTreeSet::new(),
             source: Source::Unknown,
@@ -105,6 +107,7 @@ struct Arrival<'a> {
     order: Incoming<'a>,
     reader: Reader,
     ram: RamLoad<'a>,
+    block: BlockLoad<'a>,
     loader: Option<Box<dyn DeviceLoader + 'a>>,
     /// Device sections that have arrived, name and instance.
     seen: BTreeSet<(String, u32)>,
@@ -218,7 +221,7 @@ impl Arrival<'_> {
     }
 
     fn check_completeness(&self) -> Result<(), Error> {
-        if let Some(missing) = self.ram.missing() {
+        if let Some(missing) = self.block.missing().or_else(|| self.ram.missing()) {
             return Err(Error::Stream(format!(
                 "The migration stream has no {missing}"
             )));
@@ -325,7 +328,7 @@ impl Arrival<'_> {
             self.order.board,
             status,
             time,
-            ram,
+            (ram, self.block.stats.clone()),
             error,
             self.doubt.is_some(),
         );

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex};
 
 use serde_json::json;
 
+use crate::block::Drive;
 use crate::vm::dirty::{DirtyLog, DirtySink};
 use crate::vm::guest::{DeviceLoader, Error, Guest, SavedSection, SectionHeader};
 use crate::vm::memory::{Backing, PAGE_SIZE, RamBlock};
@@ -52,6 +53,8 @@ pub(super) struct Step {
 
 pub(super) struct FakeGuest {
     blocks: Vec<Arc<RamBlock>>,
+    /// What disks it has.
+    pub drives: Vec<Arc<Drive>>,
     state: Mutex<RunState>,
     owners: Arc<Owners>,
     log: Mutex<Vec<Vec<u64>>>,
@@ -77,6 +80,7 @@ impl FakeGuest {
         };
         Self {
             blocks: pages.iter().enumerate().map(block).collect(),
+            drives: Vec::new(),
             state: Mutex::new(RunState::InMigrate),
             owners: owners.clone(),
             log: Mutex::new(
@@ -158,6 +162,10 @@ impl Guest for FakeGuest {
 
     fn dirty_log(&self) -> &dyn DirtyLog {
         self
+    }
+
+    fn drives(&self) -> &[Arc<Drive>] {
+        &self.drives
     }
 
     fn run_state(&self) -> RunState {

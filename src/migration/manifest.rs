@@ -3,21 +3,25 @@
 //!
 //! ```text
 //! blocks be16 | { name cstr | length be64 }… | sections be16 | { idstr cstr | instance be32 | version be32 }…
+//! | disks be16 | { name cstr | length be64 }…
 //! ```
 //! Payload of the command MANIFEST (`docs/wire.md`). QEMU has nothing of the kind.
 
+use super::block;
 use super::section::put_cstr;
 use crate::vm::guest::{Guest, SectionHeader, unknown_section};
 
-/// RAM blocks and device sections of a machine.
+/// RAM blocks, device sections and disks of a machine. Disks are those that are going to be sent; where
+/// there are none, the list is left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
     blocks: Vec<(String, u64)>,
     sections: Vec<SectionHeader>,
+    disks: Vec<(String, u64)>,
 }
 
 impl Manifest {
-    /// Of this machine.
+    /// Of this machine, without disks.
     pub fn of(guest: &dyn Guest) -> Self {
         let blocks = guest
             .ram()
@@ -26,21 +30,38 @@ impl Manifest {
         Self {
             blocks: blocks.collect(),
             sections: guest.sections(),
+            disks: Vec::new(),
         }
+    }
+
+    /// With the disks that go with it.
+    pub fn with_disks(self, guest: &dyn Guest) -> Self {
+        let disks = block::sent(guest.drives());
+        Self {
+            disks: disks
+                .map(|drive| (drive.id().to_owned(), drive.len()))
+                .collect(),
+            ..self
+        }
+    }
+
+    /// Names of the disks with their lengths in bytes.
+    pub fn disks(&self) -> &[(String, u64)] {
+        &self.disks
     }
 
     /// As payload.
     pub fn bytes(&self) -> Vec<u8> {
-        let mut bytes = (self.blocks.len() as u16).to_be_bytes().to_vec();
-        for (name, length) in &self.blocks {
-            put_cstr(name, &mut bytes);
-            bytes.extend(length.to_be_bytes());
-        }
+        let mut bytes = Vec::new();
+        put_lengths(&self.blocks, &mut bytes);
         bytes.extend((self.sections.len() as u16).to_be_bytes());
         for section in &self.sections {
             put_cstr(&section.idstr, &mut bytes);
             bytes.extend(section.instance.to_be_bytes());
             bytes.extend(section.version.to_be_bytes());
+        }
+        if !self.disks.is_empty() {
+            put_lengths(&self.disks, &mut bytes);
         }
         bytes
     }
@@ -48,8 +69,7 @@ impl Manifest {
     /// From a payload; `None` if it is not one to its last byte.
     pub fn parse(payload: &[u8]) -> Option<Self> {
         let mut rest = Rest(payload);
-        let blocks = (0..rest.be16()?).map(|_| Some((rest.cstr()?, rest.be64()?)));
-        let blocks = blocks.collect::<Option<Vec<_>>>()?;
+        let blocks = rest.lengths()?;
         let sections = (0..rest.be16()?).map(|_| {
             let (idstr, instance, version) = (rest.cstr()?, rest.be32()?, rest.be32()?);
             Some(SectionHeader {
@@ -59,7 +79,15 @@ impl Manifest {
             })
         });
         let sections = sections.collect::<Option<Vec<_>>>()?;
-        rest.0.is_empty().then_some(Self { blocks, sections })
+        let disks = match rest.0.is_empty() {
+            true => Vec::new(),
+            false => rest.lengths().filter(|disks| !disks.is_empty())?,
+        };
+        rest.0.is_empty().then_some(Self {
+            blocks,
+            sections,
+            disks,
+        })
     }
 
     /// Compares what a source announces with this machine. `Err` names the first difference, in
@@ -115,6 +143,14 @@ impl Manifest {
     }
 }
 
+fn put_lengths(list: &[(String, u64)], to: &mut Vec<u8>) {
+    to.extend((list.len() as u16).to_be_bytes());
+    for (name, length) in list {
+        put_cstr(name, to);
+        to.extend(length.to_be_bytes());
+    }
+}
+
 struct Rest<'a>(&'a [u8]);
 
 impl Rest<'_> {
@@ -122,6 +158,13 @@ impl Rest<'_> {
         let (array, rest) = self.0.split_first_chunk()?;
         self.0 = rest;
         Some(*array)
+    }
+
+    fn lengths(&mut self) -> Option<Vec<(String, u64)>> {
+        let count = self.be16()?;
+        (0..count)
+            .map(|_| Some((self.cstr()?, self.be64()?)))
+            .collect()
     }
 
     fn be16(&mut self) -> Option<u16> {
@@ -161,6 +204,7 @@ mod tests {
                 ("pc.bios".to_owned(), 0x1_0000),
             ],
             sections: vec![section("cpu", 0, 12), section("serial", 0, 3)],
+            disks: Vec::new(),
         }
     }
 
@@ -203,9 +247,15 @@ mod tests {
 
     #[test]
     fn every_truncation_is_refused() {
-        let bytes = sample().bytes();
-        assert_eq!(Manifest::parse(&bytes), Some(sample()));
-        for length in 0..bytes.len() {
+        let plain = sample().bytes();
+        assert_eq!(Manifest::parse(&plain), Some(sample()));
+        let sample = Manifest {
+            disks: vec![("hd0".to_owned(), 0x10_0000)],
+            ..sample()
+        };
+        let bytes = sample.bytes();
+        assert_eq!(Manifest::parse(&bytes), Some(sample));
+        for length in (0..bytes.len()).filter(|length| *length != plain.len()) {
             assert_eq!(Manifest::parse(&bytes[..length]), None);
         }
     }

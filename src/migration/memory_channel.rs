@@ -25,6 +25,9 @@ pub(super) enum Way {
     Back = 1,
 }
 
+/// Something that is done once.
+pub(super) type Event = Arc<dyn Fn() + Send + Sync>;
+
 /// What happens to the connection.
 #[derive(Clone, Default)]
 pub(super) struct Faults {
@@ -38,6 +41,8 @@ pub(super) struct Faults {
     pub piece: Option<usize>,
     /// The operator cancels when this byte is written.
     pub cancel: Option<(Way, u64)>,
+    /// This happens when this byte is written.
+    pub at: Option<(Way, u64, Event)>,
     /// Neither end can answer: a one-way transport.
     pub one_way: bool,
 }
@@ -300,6 +305,12 @@ impl Channel for End {
             && (from..to).contains(&at)
         {
             self.link.point.cancel(&self.link.cancel);
+        }
+        if let Some((way, at, event)) = &state.faults.at
+            && *way as usize == self.side
+            && (from..to).contains(at)
+        {
+            event();
         }
         state.passed[self.side] = to;
         state.wires[self.side].extend(&bytes);

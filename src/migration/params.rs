@@ -215,6 +215,30 @@ impl Settings {
         self.lock().capabilities.is_on("return-path")
     }
 
+    /// Capability `block`: disks go with the guest.
+    pub fn block(&self) -> bool {
+        self.lock().capabilities.is_on("block")
+    }
+
+    /// Parameter `block-incremental`: only what a disk's top image holds goes.
+    pub fn block_incremental(&self) -> bool {
+        self.lock().parameters.number("block-incremental") != 0
+    }
+
+    /// Capability `zero-blocks`: chunks of zeros go to a QEMU as such.
+    pub fn zero_blocks(&self) -> bool {
+        self.lock().capabilities.is_on("zero-blocks")
+    }
+
+    /// `-b` and `-i` switch [`Self::block`] and [`Self::block_incremental`] for one migration.
+    pub fn switch_block(&self, block: bool, incremental: bool) {
+        let mut state = self.lock();
+        let value = if incremental { "on" } else { "off" };
+        // Both are built and the values are theirs.
+        let _ = state.capabilities.set("block", block);
+        let _ = state.parameters.set("block-incremental", value);
+    }
+
     /// `-global hmpsh.exit-on-error`: whether a failed incoming migration ends the program even
     /// where another source could connect. Off by default.
     pub fn exit_on_error(&self) -> bool {

@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use super::clock::Clock;
-use super::stats::{Board, Direction, RamStats, Snapshot, Status};
+use super::stats::{Board, Direction, DiskStats, RamStats, Snapshot, Status};
 use super::switchover::{self, WINDOW};
 
 /// Figures of an outgoing migration.
@@ -25,6 +25,8 @@ pub struct Progress<'a> {
     pub promised_bandwidth: u64,
     /// Memory figures; `ram` fills in counts, the windows fill in rates.
     pub ram: RamStats,
+    /// Disk figures, of a migration with disks.
+    pub disk: Option<DiskStats>,
 }
 
 impl<'a> Progress<'a> {
@@ -54,6 +56,7 @@ impl<'a> Progress<'a> {
                 remaining: total,
                 ..RamStats::default()
             },
+            disk: None,
         }
     }
 
@@ -67,13 +70,14 @@ impl<'a> Progress<'a> {
             self.since_start(now),
             millis(now.saturating_sub(self.started)),
         );
-        let ram = self.ram.clone();
+        let (ram, disk) = (self.ram.clone(), self.disk.clone());
         self.board.update(|snapshot| {
             snapshot.status = held(snapshot, Status::Active);
             snapshot.setup_time = setup;
             snapshot.total_time = total;
             snapshot.expected_downtime = millis(expected);
             snapshot.ram = Some(ram);
+            snapshot.disk = disk;
         });
     }
 
@@ -117,14 +121,19 @@ impl<'a> Progress<'a> {
         self.ram.transferred = sent;
         if status == Status::Completed {
             self.ram.remaining = 0;
+            if let Some(disk) = &mut self.disk {
+                disk.remaining = 0;
+            }
             let begin = self.iterating.unwrap_or(self.started);
             self.ram.mbps = switchover::overall_mbps(sent, now.saturating_sub(begin));
         }
         let ram = self.iterating.map(|_| self.ram.clone());
+        let disk = self.disk.clone();
         self.board.update(|snapshot| {
             snapshot.status = status;
             snapshot.total_time = total;
             snapshot.ram = ram;
+            snapshot.disk = disk;
             if status == Status::Completed {
                 snapshot.downtime = downtime;
             }
@@ -148,13 +157,17 @@ impl<'a> Progress<'a> {
     fn publish(&mut self, sent: u64, now: Duration) {
         self.ram.transferred = sent;
         let total = self.since_start(now);
-        let expected = switchover::expected_downtime(self.ram.remaining, self.bandwidth());
+        let on_disk = self.disk.as_ref().map_or(0, |disk| disk.remaining);
+        let remaining = self.ram.remaining.saturating_add(on_disk);
+        let expected = switchover::expected_downtime(remaining, self.bandwidth());
         let ram = self.iterating.map(|_| self.ram.clone());
+        let disk = self.disk.clone();
         self.board.update(|snapshot| {
             snapshot.total_time = total;
             snapshot.expected_downtime = expected.unwrap_or(snapshot.expected_downtime);
             snapshot.pass = ram.as_ref().map_or(0, |ram| ram.dirty_sync_count);
             snapshot.ram = ram;
+            snapshot.disk = disk;
         });
     }
 
@@ -172,7 +185,7 @@ pub fn show_incoming(
     board: &Board,
     status: Status,
     total_time: Duration,
-    ram: Option<RamStats>,
+    (ram, disk): (Option<RamStats>, Option<DiskStats>),
     error: Option<String>,
     handover_unknown: bool,
 ) {
@@ -184,6 +197,7 @@ pub fn show_incoming(
             mbps: switchover::overall_mbps(ram.transferred, total_time),
             ..ram
         });
+        snapshot.disk = disk;
         snapshot.error = error;
         snapshot.handover_unknown = handover_unknown;
         if status == Status::Completed {

@@ -11,6 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use super::Error;
+use super::block::BlockSave;
 use super::channel::{Cancel, Channel, Fault};
 use super::clock::Clock;
 use super::configuration;
@@ -47,6 +48,10 @@ pub struct Outgoing<'a> {
     pub guest: &'a dyn Guest,
     /// The present limits.
     pub limits: &'a (dyn Fn() -> Limits + Sync),
+    /// Whether the disks go with it (`-b`).
+    pub block: bool,
+    /// Capability `zero-blocks`: whether chunks of zeros go as such to a stock destination.
+    pub zero_blocks: bool,
     /// Capability `return-path`; without effect on channels that have no way back.
     pub return_path: bool,
     /// Which records are sent.
@@ -74,6 +79,7 @@ impl<'a> Outgoing<'a> {
             order: self,
             return_path: ReturnPath::default(),
             peer: Peer::OneWay,
+            block: None,
             ram: None,
             soundings: 0,
             before: None,
@@ -97,6 +103,7 @@ struct Run<'a> {
     writer: Writer<'a>,
     return_path: ReturnPath,
     peer: Peer,
+    block: Option<BlockSave<'a>>,
     ram: Option<RamSave<'a>>,
     /// How often the way to the destination was sounded.
     soundings: u32,
@@ -110,9 +117,11 @@ impl<'a> Run<'a> {
     fn script(&mut self) -> Result<(), Error> {
         self.header();
         self.hail()?;
+        self.begin_block();
         self.begin_ram()?;
         self.iterate()?;
         let before = self.stop_guest()?;
+        self.finish_block()?;
         self.finish_ram()?;
         let sections = self.devices(before)?;
         self.hand_over(&sections)
@@ -152,8 +161,12 @@ impl<'a> Run<'a> {
             _ => None,
         })?;
         if self.peer == Peer::Hmpsh {
-            let manifest = Manifest::of(self.order.guest).bytes();
-            self.writer.put(|to| Command::Manifest.put(&manifest, to));
+            let mut manifest = Manifest::of(self.order.guest);
+            if self.order.block {
+                manifest = manifest.with_disks(self.order.guest);
+            }
+            self.writer
+                .put(|to| Command::Manifest.put(&manifest.bytes(), to));
             self.writer.flush()?;
             self.expect(
                 "The destination has not answered the manifest within 5 seconds",
@@ -161,6 +174,18 @@ impl<'a> Run<'a> {
             )?;
         }
         Ok(())
+    }
+
+    fn begin_block(&mut self) {
+        if self.order.block {
+            let block = self.block.insert(BlockSave::new(
+                self.order.guest.drives(),
+                self.order.clock,
+                self.order.dialect,
+                self.order.zero_blocks || self.peer == Peer::Hmpsh,
+            ));
+            block.setup(&mut self.writer);
+        }
     }
 
     fn begin_ram(&mut self) -> Result<(), Error> {
@@ -178,7 +203,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// Sends memory while the guest runs, until the rest is small enough.
+    /// Sends disks and memory while the guest runs, until the rest is small enough.
     fn iterate(&mut self) -> Result<(), Error> {
         let mut throttle = Throttle::new(self.writer.total());
         loop {
@@ -195,20 +220,40 @@ impl<'a> Run<'a> {
                     let rest = throttle.next().saturating_sub(now);
                     self.order.clock.sleep(rest, self.order.cancel);
                 }
-                allowance => {
-                    let (ram, writer) = self.ram()?;
-                    ram.iterate(writer, allowance)?;
-                }
+                allowance => self.send(allowance)?,
             }
         }
+    }
+
+    /// One PART of each, of about `allowance` bytes together. Until every chunk of the disks has been
+    /// sent once memory waits: it changes faster.
+    fn send(&mut self, allowance: u64) -> Result<(), Error> {
+        let begin = self.writer.total();
+        if let Some(block) = self.block.as_mut().filter(|block| block.pending() > 0) {
+            block.iterate(&mut self.writer, allowance)?;
+            if block.is_bulk() {
+                return Ok(());
+            }
+        }
+        let spent = self.writer.total() - begin;
+        if spent < allowance {
+            let (ram, writer) = self.ram()?;
+            ram.iterate(writer, allowance - spent)?;
+        }
+        Ok(())
+    }
+
+    /// Bytes that are left to be sent, as far as is known.
+    fn pending(&mut self) -> Result<u64, Error> {
+        let on_disk = self.block.as_ref().map_or(0, BlockSave::pending);
+        Ok(self.ram()?.0.pending().saturating_add(on_disk))
     }
 
     /// Whether what is left can be sent within the downtime limit.
     fn is_small_enough(&mut self, limits: &Limits) -> Result<bool, Error> {
         let bandwidth = self.writer.progress.bandwidth();
         let threshold = switchover::threshold(bandwidth, limits.downtime_limit);
-        let (ram, writer) = self.ram()?;
-        let pending = ram.pending();
+        let pending = self.pending()?;
         if pending > 0 && pending >= threshold {
             return Ok(false);
         }
@@ -217,9 +262,10 @@ impl<'a> Run<'a> {
             return Ok(true);
         }
         // The bitmap is small because it is old: look again.
+        let (ram, writer) = self.ram()?;
         ram.sync(writer)?;
         writer.progress.show(writer.sent());
-        let pending = ram.pending();
+        let pending = self.pending()?;
         Ok(pending == 0 || pending < threshold)
     }
 
@@ -250,10 +296,17 @@ impl<'a> Run<'a> {
         Ok(before)
     }
 
-    fn finish_ram(&mut self) -> Result<(), Error> {
+    fn finish_block(&mut self) -> Result<(), Error> {
         if self.order.dialect.switchover_start {
             self.writer.put(|to| Command::SwitchoverStart.put(&[], to));
         }
+        match &mut self.block {
+            Some(block) => block.complete(&mut self.writer),
+            None => Ok(()),
+        }
+    }
+
+    fn finish_ram(&mut self) -> Result<(), Error> {
         let (ram, writer) = self.ram()?;
         ram.complete(writer)?;
         writer.progress.show(writer.sent());

@@ -90,6 +90,17 @@ pub struct RamStats {
     pub downtime_bytes: u64,
 }
 
+/// Disk statistics; `disk` in QMP, the lines from `transferred disk` on in `info migrate`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DiskStats {
+    /// Bytes of chunks sent, those sent again included.
+    pub transferred: u64,
+    /// Bytes of chunks never sent, or written to since.
+    pub remaining: u64,
+    /// Bytes of all disks.
+    pub total: u64,
+}
+
 /// Everything `info migrate` can tell, at one instant.
 #[derive(Clone, Debug, Default)]
 pub struct Snapshot {
@@ -113,6 +124,8 @@ pub struct Snapshot {
     pub pass: u64,
     /// Memory figures; present from the first moment of `active` on.
     pub ram: Option<RamStats>,
+    /// Disk figures of a migration with disks.
+    pub disk: Option<DiskStats>,
     /// Address an incoming migration listens on (`tcp:127.0.0.1:4444`).
     pub socket_address: Option<String>,
 }
@@ -126,14 +139,16 @@ impl Snapshot {
         if self.status == Status::Completed {
             return 100;
         }
-        self.ram.as_ref().map_or(0, |ram| {
+        let ram = self.ram.as_ref().map_or((0, 0), |ram| {
             let moved = (ram.normal + ram.duplicate).saturating_mul(PAGE_SIZE as u64);
-            let all = moved.saturating_add(ram.remaining);
-            (moved.saturating_mul(100))
-                .checked_div(all)
-                .unwrap_or(0)
-                .min(99) as u8
-        })
+            (moved, ram.remaining)
+        });
+        let disk = self.disk.as_ref();
+        let disk = disk.map_or((0, 0), |disk| (disk.transferred, disk.remaining));
+        let moved = ram.0.saturating_add(disk.0);
+        let all = moved.saturating_add(ram.1).saturating_add(disk.1);
+        let percent = moved.saturating_mul(100).checked_div(all).unwrap_or(0);
+        percent.min(99) as u8
     }
 }
 

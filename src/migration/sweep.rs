@@ -1,6 +1,7 @@
 //! Tests of the whole engine: both scripts, a scripted guest, and a connection that fails.
 
 mod cuts;
+mod disks;
 mod faults;
 mod flips;
 mod golden;
@@ -40,6 +41,8 @@ struct Setting {
     kind: Kind,
     limits: Limits,
     autostart: bool,
+    /// Whether the disks go along.
+    block: bool,
 }
 
 /// The two partners.
@@ -67,6 +70,7 @@ impl Setting {
             kind,
             limits,
             autostart: true,
+            block: false,
         }
     }
 
@@ -100,6 +104,8 @@ fn migrate(source: &FakeGuest, dest: &FakeGuest, setting: &Setting) -> Outcome {
         let outgoing = Outgoing {
             guest: source,
             limits: &limits,
+            block: setting.block,
+            zero_blocks: false,
             return_path: matches!(setting.kind, Kind::Hmpsh | Kind::Stock),
             dialect: Dialect::default(),
             board: &source_board,

@@ -10,6 +10,7 @@ use serde_json::Value;
 use super::dirty::DirtyLog;
 use super::memory::RamBlock;
 use super::run_state::RunState;
+use crate::block::Drive;
 use crate::errno::Errno;
 use crate::vmstate::StateReader;
 
@@ -64,6 +65,9 @@ pub trait Guest: Send + Sync {
 
     /// The dirty log over exactly those blocks.
     fn dirty_log(&self) -> &dyn DirtyLog;
+
+    /// Drives, in the order they were given.
+    fn drives(&self) -> &[Arc<Drive>];
 
     /// Present run state.
     fn run_state(&self) -> RunState;

@@ -29,6 +29,7 @@ use super::paging::Paging;
 use super::run_state::RunState;
 use super::vcpu::Reporter;
 use super::virtual_memory::VirtualMemory;
+use crate::block::Drive;
 use crate::chardev::Chardev;
 use crate::config::{Chips, MachineConfig};
 use crate::event::Event;
@@ -42,6 +43,7 @@ pub struct Machine {
     // vCPUs end first: they use what follows.
     accel: Accel,
     map: Arc<Map>,
+    drives: Vec<Arc<Drive>>,
     log: MachineLog,
     bus: Arc<Bus>,
     program: Program,
@@ -107,7 +109,6 @@ impl Machine {
                  {VCPUS_MAX}"
             )));
         }
-        // No device is on virtio-mmio yet.
         let program = Program::open(config)?;
         let firmware = backend::block("pc.bios", program.firmware_size(), Backing::Anonymous)?;
         let map =
@@ -119,8 +120,10 @@ impl Machine {
         let itself = Arc::new(OnceLock::new());
         let reports = Arc::new(Reports::default());
         let kvm = accel::open(config.accel)?;
+        let drives = disks::open_drives(config)?;
         let parts = Parts {
             config,
+            drives: &drives,
             map: &map,
             vcpus,
             model,
@@ -141,6 +144,7 @@ impl Machine {
             accel,
             log: MachineLog::new(Arc::clone(&map), vm),
             map,
+            drives,
             bus,
             program,
             vcpus: usize::from(vcpus),
@@ -275,6 +279,7 @@ impl Machine {
 /// What the two ways of building a machine share.
 struct Parts<'a> {
     config: &'a MachineConfig,
+    drives: &'a [Arc<Drive>],
     map: &'a Arc<Map>,
     vcpus: u8,
     model: Model,
@@ -322,7 +327,7 @@ impl Parts<'_> {
         vm: Option<&accel::SharedVm>,
         line: &dyn Fn(u32) -> IrqLine,
     ) -> Result<Arc<Bus>, Error> {
-        let disks = disks::make(self.config, self.map, vm, line)?;
+        let disks = disks::make(self.config, self.drives, self.map, vm, line)?;
         let [low_ram, high_ram] = self.map.ram();
         let rtc = || {
             Rtc::new(low_ram, high_ram, line(rtc::IRQ)).map_err(|source| Error::System {

@@ -2,6 +2,7 @@
 
 use super::{Arrival, Source};
 use crate::migration::Error;
+use crate::migration::block;
 use crate::migration::globalstate;
 use crate::migration::integrity::PROMISE;
 use crate::migration::manifest::Manifest;
@@ -42,23 +43,28 @@ impl Arrival<'_> {
 
     fn start(&mut self, from: u64) -> Result<(), Error> {
         let (id, header) = self.header_of_section(from)?;
-        if (&*header.idstr, header.instance) != (ram::IDSTR, 0) {
-            return Err(Error::Stream(unknown_section(
-                &header.idstr,
-                header.instance,
-            )));
+        match (&*header.idstr, header.instance) {
+            (ram::IDSTR, 0) => self.ram.setup(&mut self.reader, &header, id)?,
+            (block::IDSTR, 0) => self.block.setup(&mut self.reader, &header, id)?,
+            (idstr, instance) => return Err(Error::Stream(unknown_section(idstr, instance))),
         }
-        self.ram.setup(&mut self.reader, &header, id)?;
         self.footer(&header.idstr, id)?;
         self.mark();
         Ok(())
     }
 
     fn piece(&mut self, from: u64, is_end: bool) -> Result<(), Error> {
-        self.place.enter(named(ram::IDSTR, 0), from);
         let id = self.reader.be32()?;
-        self.ram.load(&mut self.reader, id, is_end)?;
-        self.footer(ram::IDSTR, id)?;
+        let idstr = match self.block.is(id) {
+            true => block::IDSTR,
+            false => ram::IDSTR,
+        };
+        self.place.enter(named(idstr, 0), from);
+        match self.block.is(id) {
+            true => self.block.load(&mut self.reader, is_end)?,
+            false => self.ram.load(&mut self.reader, id, is_end)?,
+        }
+        self.footer(idstr, id)?;
         match is_end {
             true => self.mark(),
             false => self.place.leave(),
@@ -172,6 +178,9 @@ impl Arrival<'_> {
         announced
             .check(&Manifest::of(self.order.guest))
             .map_err(Error::Stream)?;
+        for (id, len) in announced.disks() {
+            block::check(self.order.guest.drives(), id, *len).map_err(Error::Stream)?;
+        }
         Ok(say(self.reader.channel(), &Message::Accepted)?)
     }
 

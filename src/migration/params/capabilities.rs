@@ -17,18 +17,26 @@ const fn not_built(name: &'static str) -> Row {
     }
 }
 
+const fn built(name: &'static str) -> Row {
+    Row {
+        name,
+        default: false,
+        is_built: true,
+    }
+}
+
 /// In the order of `info migrate_capabilities`.
 const TABLE: [Row; 24] = [
     not_built("xbzrle"),
     not_built("rdma-pin-all"),
     not_built("auto-converge"),
-    not_built("zero-blocks"),
+    built("zero-blocks"),
     not_built("compress"),
     not_built("events"),
     not_built("postcopy-ram"),
     not_built("x-colo"),
     not_built("release-ram"),
-    not_built("block"),
+    built("block"),
     // The one default that differs from QEMU's: the source knows how it went at the destination.
     Row {
         name: "return-path",

@@ -80,6 +80,8 @@ impl Run<'_> {
     }
 
     fn end_ram(&mut self, success: bool) {
+        // What was written to a disk is in its image: nothing is to be given back.
+        self.block = None;
         if let Some(ram) = self.ram.take() {
             ram.cleanup(success);
         }

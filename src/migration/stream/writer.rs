@@ -126,8 +126,14 @@ impl<'a> Writer<'a> {
 
     /// Sends the queue. After an error the queue is empty and [`Self::sent`] tells what got out.
     pub fn flush(&mut self) -> Result<(), Fault> {
+        self.bulk(&[])
+    }
+
+    /// Sends the queue and, behind it, bytes that are too many to be queued. As [`Self::flush`].
+    pub fn bulk(&mut self, bytes: &[u8]) -> Result<(), Fault> {
         self.digest.update(&self.small[self.hashed..]);
-        let result = self.send();
+        self.digest.update(bytes);
+        let result = self.send(bytes);
         self.hashed = 0;
         self.torn |= result.is_err();
         self.small.clear();
@@ -136,13 +142,13 @@ impl<'a> Writer<'a> {
         result
     }
 
-    fn send(&mut self) -> Result<(), Fault> {
+    fn send(&mut self, bulk: &[u8]) -> Result<(), Fault> {
         // A channel that always has room never waits and so never notices.
         if self.cancel.is_cancelled() {
             return Err(Fault::Cancelled);
         }
         let mut start = 0;
-        let mut out: Vec<Out<'_>> = Vec::with_capacity(self.pieces.len());
+        let mut out: Vec<Out<'_>> = Vec::with_capacity(self.pieces.len() + 1);
         for piece in &self.pieces {
             out.push(match piece {
                 Piece::Page(page) => page.out(),
@@ -151,6 +157,9 @@ impl<'a> Writer<'a> {
                     Out::from(&self.small[from..*end])
                 }
             });
+        }
+        if !bulk.is_empty() {
+            out.push(Out::from(bulk));
         }
         let mut rest = &mut out[..];
         let mut silence = Duration::ZERO;

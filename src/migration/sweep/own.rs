@@ -26,6 +26,8 @@ impl Own {
         let outgoing = Outgoing {
             guest: &*source,
             limits: &limits,
+            block: false,
+            zero_blocks: false,
             return_path: false,
             dialect: Dialect::default(),
             board: &Board::default(),

@@ -12,9 +12,6 @@ pub(crate) fn migrate(session: &mut Session, args: &Args) -> Result<(), Error> {
         resume: args.flag("resume"),
         uri: args.text("uri")?.to_owned(),
     };
-    if options.block || options.incremental {
-        return Err(not_built("block migration"));
-    }
     session.control.migrate(&options, &mut session.fds)?;
     if !args.flag("detach") {
         session.next = Next::Wait;
@@ -79,10 +76,6 @@ fn parameters(parameters: &[ParameterInfo]) -> String {
         .filter(|parameter| parameter.is_listed)
         .map(|parameter| format!("{}: {}\n", parameter.name, parameter.value))
         .collect()
-}
-
-fn not_built(what: &str) -> Error {
-    Error::Refused(format!("{what}: not built in this version"))
 }
 
 #[cfg(test)]

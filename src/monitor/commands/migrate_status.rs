@@ -55,6 +55,15 @@ fn status(snapshot: &Snapshot) -> String {
             times(&mut text, snapshot);
             memory(&mut text, ram);
         }
+        if let Some(disk) = &snapshot.disk {
+            for (what, bytes) in [
+                ("transferred", disk.transferred),
+                ("remaining", disk.remaining),
+                ("total", disk.total),
+            ] {
+                line(&mut text, &format!("{what} disk: {} kbytes", bytes >> 10));
+            }
+        }
     }
     if let Some(address) = &snapshot.socket_address {
         text.push_str("socket address: [\n");

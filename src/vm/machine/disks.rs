@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use kvm_ioctls::IoEventAddress;
 
-use crate::block::Raw;
-use crate::config::{Drive, MachineConfig};
+use crate::block::{Drive, Raw};
+use crate::config::{DriveConfig, MachineConfig};
 use crate::vm::accel::SharedVm;
 use crate::vm::device::bus::IrqLine;
 use crate::vm::device::virtio::Disk;
@@ -13,27 +13,33 @@ use crate::vm::device::virtio::disk::Parts;
 use crate::vm::guest::Error;
 use crate::vm::map::Map;
 
-/// Opens every drive, used by a disk or not, and makes the disks in the order of their sections, each
-/// with the interrupt line that `line` makes of a number.
+/// Opens every drive, used by a disk or not.
+pub(super) fn open_drives(config: &MachineConfig) -> Result<Vec<Arc<Drive>>, Error> {
+    let open = |drive: &DriveConfig| {
+        let image = Box::new(open(drive)?);
+        Ok(Arc::new(Drive::new(drive.id.clone(), image)))
+    };
+    config.drives.iter().map(open).collect()
+}
+
+/// Makes the disks in the order of their sections, each with the interrupt line that `line` makes of
+/// a number.
 pub(super) fn make(
     config: &MachineConfig,
+    drives: &[Arc<Drive>],
     map: &Arc<Map>,
     vm: Option<&SharedVm>,
     line: &dyn Fn(u32) -> IrqLine,
 ) -> Result<Vec<Arc<Disk>>, Error> {
-    let mut images = Vec::new();
-    for drive in &config.drives {
-        images.push(Some(open(drive)?));
-    }
     let mut disks = Vec::new();
     for wanted in &config.disks {
-        let Some(image) = images.get_mut(wanted.drive).and_then(Option::take) else {
+        let Some(drive) = drives.get(wanted.drive) else {
             return Err(Error::State(format!("no drive for slot {}", wanted.slot)));
         };
         let disk = Disk::new(Parts {
             slot: wanted.slot,
             serial: wanted.serial.clone(),
-            image: Box::new(image),
+            image: Arc::clone(drive) as _,
             map: Arc::clone(map),
             irq: line(wanted.gsi()),
         })?;
@@ -50,8 +56,9 @@ pub(super) fn make(
     Ok(disks)
 }
 
-fn open(drive: &Drive) -> Result<Raw, Error> {
-    let Drive {
+fn open(drive: &DriveConfig) -> Result<Raw, Error> {
+    let DriveConfig {
+        id: _,
         file,
         is_read_only,
         is_guessed,

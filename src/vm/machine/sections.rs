@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use super::Machine;
 use super::loader::Loader;
+use crate::block::Drive;
 use crate::vm::cpu_state::CpuState;
 use crate::vm::device::apic::Apic;
 use crate::vm::device::i8254::Pit;
@@ -31,6 +32,10 @@ impl Guest for Machine {
 
     fn dirty_log(&self) -> &dyn DirtyLog {
         &self.log
+    }
+
+    fn drives(&self) -> &[Arc<Drive>] {
+        &self.drives
     }
 
     fn run_state(&self) -> RunState {

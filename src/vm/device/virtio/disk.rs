@@ -33,7 +33,7 @@ pub(crate) struct Parts {
     /// The serial number the guest can ask for.
     pub(crate) serial: String,
     /// Its bytes.
-    pub(crate) image: Box<dyn Backend>,
+    pub(crate) image: Arc<dyn Backend>,
     /// Guest memory.
     pub(crate) map: Arc<Map>,
     /// Its interrupt line.
@@ -43,7 +43,7 @@ pub(crate) struct Parts {
 struct Shared {
     slot: usize,
     serial: String,
-    image: Box<dyn Backend>,
+    image: Arc<dyn Backend>,
     map: Arc<Map>,
     offered: u64,
     core: Mutex<Core>,

@@ -103,7 +103,7 @@ fn bench(image: impl Backend + 'static) -> Bench {
     let disk = Disk::new(Parts {
         slot: 7,
         serial: "four".to_owned(),
-        image: Box::new(image),
+        image: Arc::new(image),
         map: Arc::clone(&map),
         irq: Box::new(move |high| line.store(u32::from(high), Ordering::SeqCst)),
     });

@@ -1,0 +1,239 @@
+//! `migrate -b`: disks go along with a guest that writes to them all the time, between hmpsh and
+//! hmpsh, and to and from stock QEMU 7.2. When the guest changes hands both images are the same, byte
+//! by byte, and the source's is never written again.
+
+mod common;
+
+use std::path::Path;
+
+use common::beacon::wait_beacons;
+use common::disk::{DiskGuest, drive};
+use common::need::require;
+use common::vmm::Program::{Hmpsh, Qemu7};
+use common::vmm::{Program, Setup, Vmm};
+use tempfile::NamedTempFile;
+
+const MIB: usize = 1 << 20;
+
+/// A side's images: the one the guest lives on, and one that the guest does not look at.
+struct Images {
+    used: NamedTempFile,
+    spare: NamedTempFile,
+}
+
+impl Images {
+    /// Empty ones, of 1 MiB and of `len` bytes.
+    fn new(len: usize) -> Self {
+        let image = |len: usize| {
+            let image = NamedTempFile::new().unwrap();
+            image.as_file().set_len(len as u64).unwrap();
+            image
+        };
+        Self {
+            used: image(MIB),
+            spare: image(len),
+        }
+    }
+
+    /// Images with something in the spare one: every fourth MiB is zeros.
+    fn full(len: usize) -> Self {
+        let images = Self::new(len);
+        let chunk = |number: usize| {
+            let byte = move |at: usize| ((at * 31 + number * 7) >> 3) as u8;
+            (0..MIB).map(move |at| if number % 4 == 3 { 0 } else { byte(at) })
+        };
+        let bytes: Vec<u8> = (0..len.div_ceil(MIB)).flat_map(chunk).take(len).collect();
+        std::fs::write(images.spare.path(), bytes).unwrap();
+        images
+    }
+
+    fn setup(&self, guest: &DiskGuest, program: Program) -> Setup {
+        let spare = drive("d1", self.spare.path(), "");
+        guest
+            .setup_on(program, &drive("d0", self.used.path(), ""))
+            .args(&["-drive", &spare])
+            // A QEMU gives up (an assertion) when it is sent a drive that no device has.
+            .args(&["-device", "virtio-blk-device,drive=d1"])
+    }
+
+    fn bytes(&self) -> [Vec<u8>; 2] {
+        [&self.used, &self.spare].map(|image| std::fs::read(image.path()).unwrap())
+    }
+}
+
+fn have(programs: &[Program]) -> bool {
+    programs.iter().all(|program| require(program.needs()))
+}
+
+#[track_caller]
+fn goes_on(hosts: &[&Vmm]) {
+    let logs: Vec<_> = hosts.iter().map(|host| host.log()).collect();
+    let logs: Vec<&Path> = logs.iter().map(|log| log.as_path()).collect();
+    wait_beacons(&logs, 70);
+}
+
+/// From host to host with its disks, each host with images of its own of `len` bytes.
+fn moves(programs: &[Program], len: usize) {
+    if !have(programs) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let mut images = vec![Images::full(len)];
+    let mut hosts = vec![images[0].setup(&guest, programs[0]).start()];
+    goes_on(&hosts.iter().collect::<Vec<_>>());
+    for program in &programs[1..] {
+        let there = Images::new(len);
+        let setup = there.setup(&guest, *program).args(&["-S"]);
+        let mut dest = setup.incoming("tcp:127.0.0.1:0").start();
+        let port = dest.port();
+        let source = hosts.last_mut().unwrap();
+        // So that a QEMU sends the disks at all, and whole.
+        source.quiet("migrate_set_parameter max-bandwidth 100g");
+        source.quiet("migrate_set_parameter downtime-limit 0");
+        source.command(&format!("migrate -b tcp:127.0.0.1:{port}"));
+        source.wait_migration("completed");
+        source.wait_status("paused (postmigrate)");
+        dest.wait_status("paused");
+        let left = images.last().unwrap().bytes();
+        assert!(left == there.bytes(), "the images differ");
+        dest.quiet("cont");
+        hosts.push(dest);
+        goes_on(&hosts.iter().collect::<Vec<_>>());
+        assert!(left == images.last().unwrap().bytes(), "the source writes");
+        assert!(left[0] != there.bytes()[0], "the guest does not write");
+        images.push(there);
+    }
+}
+
+/// A file has the disks too.
+#[test]
+fn saved_with_its_disks() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let (here, there) = (Images::full(2 * MIB), Images::new(2 * MIB));
+    let mut source = here.setup(&guest, Hmpsh).start();
+    goes_on(&[&source]);
+    let uri = format!("file:{}", source.path("saved").display());
+    source.command(&format!("migrate -b {uri}"));
+    source.wait_migration("completed");
+    let mut dest = there
+        .setup(&guest, Hmpsh)
+        .incoming(&uri)
+        .args(&["-S"])
+        .start();
+    dest.wait_status("paused");
+    assert!(here.bytes() == there.bytes());
+    dest.quiet("cont");
+    goes_on(&[&source, &dest]);
+}
+
+/// A 7.2 counts only what was written to meanwhile, and ends in the middle of the disk when what RAM
+/// has left is little. Here that is noticed, and the guest stays where it was.
+#[test]
+fn a_7_2_that_sends_its_disk_in_part_is_found_out() {
+    if !have(&[Hmpsh, Qemu7]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let len = 256 * MIB;
+    let (here, there) = (Images::full(len), Images::new(len));
+    let mut source = here.setup(&guest, Qemu7).memory_mib(64).start();
+    goes_on(&[&source]);
+    let setup = || there.setup(&guest, Hmpsh).memory_mib(64);
+    let mut dest = setup().incoming("tcp:127.0.0.1:0").start();
+    let port = dest.port();
+    source.quiet("migrate_set_parameter max-bandwidth 1g");
+    source.command(&format!("migrate -b tcp:127.0.0.1:{port}"));
+    dest.wait_said("The source has ended before it had sent the disks: of 'd1' bytes 0x");
+    // It may have thought that all was well: then it holds the guest, at rest.
+    let state = source.wait_for("info migrate", "Migration status: ");
+    if state.contains("completed") {
+        source.quiet("cont");
+    }
+    source.wait_status("running");
+    goes_on(&[&source]);
+    // The same from here arrives whole.
+    let (from, to) = (Images::full(len), Images::new(len));
+    let mut source = from.setup(&guest, Hmpsh).memory_mib(64).start();
+    goes_on(&[&source]);
+    let setup = to.setup(&guest, Hmpsh).memory_mib(64).args(&["-S"]);
+    let mut dest = setup.incoming("tcp:127.0.0.1:0").start();
+    let port = dest.port();
+    source.quiet("migrate_set_parameter max-bandwidth 1g");
+    source.command(&format!("migrate -b tcp:127.0.0.1:{port}"));
+    let state = source.wait_migration("completed");
+    let kib = (len + MIB) >> 10;
+    assert!(state.contains(&format!(
+        "remaining disk: 0 kbytes\ntotal disk: {kib} kbytes\n"
+    )));
+    dest.wait_status("paused");
+    assert!(from.bytes() == to.bytes());
+}
+
+/// Part of it is disk, and what is shown never goes back.
+#[test]
+fn progress_counts_the_disks() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let (here, there) = (Images::full(64 * MIB), Images::new(64 * MIB));
+    let mut source = here.setup(&guest, Hmpsh).start();
+    goes_on(&[&source]);
+    let mut dest = there
+        .setup(&guest, Hmpsh)
+        .incoming("tcp:127.0.0.1:0")
+        .start();
+    let port = dest.port();
+    source.quiet("migrate_set_parameter max-bandwidth 16m");
+    let printed = source.command(&format!("migrate -b tcp:127.0.0.1:{port}"));
+    let shown: Vec<u32> = printed
+        .split("Completed ")
+        .filter_map(|text| text.split_once(" %")?.0.parse().ok())
+        .collect();
+    assert!(shown.len() >= 2 && shown.is_sorted(), "{printed:?}");
+    assert!(shown[0] < 50, "{printed:?}");
+    source.wait_migration("completed");
+    dest.wait_status("running");
+    goes_on(&[&source, &dest]);
+}
+
+#[test]
+fn what_does_not_go_with_b_is_said_as_qemu_says_it() {
+    let mut vm = Setup::new(Hmpsh).accel("none").start();
+    let conflict = "Error: Command options are incompatible with current migration capabilities\n";
+    vm.quiet("migrate_set_capability block on");
+    assert_eq!(vm.command("migrate -b tcp:127.0.0.1:1"), conflict);
+    vm.quiet("migrate_set_capability block off");
+    vm.quiet("migrate_set_parameter block-incremental on");
+    assert_eq!(vm.command("migrate -i tcp:127.0.0.1:1"), conflict);
+    vm.quiet("migrate_set_parameter block-incremental off");
+    // Both are off again when it has ended.
+    vm.command("migrate -i tcp:127.0.0.1:1");
+    vm.wait_migration("failed");
+    assert!(
+        vm.command("info migrate_capabilities")
+            .contains("\nblock: off\n")
+    );
+    assert!(
+        vm.command("info migrate_parameters")
+            .contains("block-incremental: off\n")
+    );
+}
+
+#[test]
+fn between_two_hmpsh() {
+    moves(&[Hmpsh, Hmpsh, Hmpsh], 5 * MIB + 512);
+}
+
+#[test]
+fn to_7_2() {
+    moves(&[Hmpsh, Qemu7], 5 * MIB);
+}
+
+#[test]
+fn from_7_2() {
+    moves(&[Qemu7, Hmpsh], 5 * MIB + 512);
+}
