@@ -2,6 +2,7 @@
 //! implementations, disk devices its users.
 
 mod drive;
+mod lock;
 #[cfg(test)]
 mod memory;
 mod raw;
@@ -9,6 +10,7 @@ mod raw;
 use std::io;
 
 pub use self::drive::{CHUNK, Drive};
+pub use self::lock::LockError;
 #[cfg(test)]
 pub(crate) use self::memory::{Memory, words};
 pub use self::raw::{OpenError, Raw};
@@ -43,6 +45,17 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// As for [`Self::write`].
     fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Keeps others, who ask for the lock, from using the image as well. Once is enough.
+    ///
+    /// # Errors
+    /// Somebody else uses it, or the host does not lock.
+    fn claim(&self) -> Result<(), LockError> {
+        Ok(())
+    }
+
+    /// Lets others use it.
+    fn release(&self) {}
 
     /// Makes sure that what was written survives a loss of power.
     ///

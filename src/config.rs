@@ -90,6 +90,8 @@ pub struct DriveConfig {
     pub is_read_only: bool,
     /// No `format=` was given.
     pub is_guessed: bool,
+    /// The image is locked against others (`file.locking=`).
+    pub locks: bool,
     /// The option as it was typed, for messages.
     pub option: String,
 }
@@ -105,6 +107,8 @@ pub struct DiskConfig {
     pub slot: usize,
     /// `serial=`, what the guest reads as the disk's serial number; at most 20 bytes are seen.
     pub serial: String,
+    /// The option that asked for it, as it was typed, for messages.
+    pub option: String,
 }
 
 impl DiskConfig {

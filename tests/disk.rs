@@ -220,6 +220,91 @@ fn a_destination_without_the_disk_is_refused_by_name() {
     goes_on(&[&source]);
 }
 
+/// Whoever comes second is refused, in the same words; what was moved is the destination's.
+fn locks(first: Program, second: Program) {
+    if !have(&[first, second, Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let image = guest.image.path().display().to_string();
+    let mut holder = guest.setup(first).start();
+    goes_on(&[&holder]);
+    let refused = |program, more: &str, why: &str| {
+        let drive = drive("d0", guest.image.path(), more);
+        let Err((status, said)) = guest.setup_on(program, &drive).try_start() else {
+            panic!("{program:?} uses the image too");
+        };
+        assert_eq!(status.code(), Some(1));
+        let text = format!(
+            "-device virtio-blk-device,drive=d0: Failed to get {why} lock \
+             Is another process using the image [{image}]? "
+        );
+        // Here an error is one line.
+        assert!(said.replace('\n', " ").contains(&text), "{said}");
+    };
+    let all_refused = || {
+        for program in [second, Hmpsh] {
+            refused(program, "", "\"write\"");
+            refused(program, ",readonly=on", "shared \"write\"");
+        }
+    };
+    all_refused();
+    if first == Hmpsh {
+        // A migration that fails takes nothing away.
+        holder.command("migrate \"exec:cat > /dev/null; exit 1\"");
+        holder.wait_migration("failed");
+        holder.wait_status("running");
+        goes_on(&[&holder]);
+        all_refused();
+    }
+    let mut dest = moved(&mut holder, guest.setup(second));
+    dest.wait_status("running");
+    goes_on(&[&holder, &dest]);
+    all_refused();
+    if first == Hmpsh {
+        let told = holder.command("cont -f");
+        assert!(
+            told.contains("Failed to get \"write\" lock. Is another"),
+            "{told}"
+        );
+        holder.wait_status("paused (postmigrate)");
+    }
+    drop(dest);
+    let off = drive("d0", guest.image.path(), ",file.locking=off");
+    let _beside = guest.setup_on(Hmpsh, &off).start();
+    guest.setup(Hmpsh).start();
+}
+
+#[test]
+fn an_image_that_somebody_else_took_meanwhile_is_not_run_on() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let mut source = guest.setup(Hmpsh).start();
+    goes_on(&[&source]);
+    let mut dest = {
+        let other = DiskGuest::new();
+        let drive = drive("d0", other.image.path(), "");
+        let third = guest.setup_on(Hmpsh, &drive).start();
+        let dest = guest.setup_on(Hmpsh, &drive).incoming("tcp:127.0.0.1:0");
+        let mut dest = dest.start();
+        let port = dest.port();
+        source.command(&format!("migrate tcp:127.0.0.1:{port}"));
+        let state = source.wait_migration("failed");
+        assert!(
+            state.contains("Disk 'd0': Failed to get \"write\" lock. "),
+            "{state}"
+        );
+        source.wait_status("running");
+        goes_on(&[&source]);
+        drop(third);
+        moved(&mut source, guest.setup(Hmpsh))
+    };
+    dest.wait_status("running");
+    goes_on(&[&source, &dest]);
+}
+
 #[test]
 fn the_map_has_all_slots() {
     if !have(&[Hmpsh]) {
@@ -263,6 +348,10 @@ cells! {
     three_disks_to_7_2: three_disks(Hmpsh, Qemu7);
     three_disks_from_10_0: three_disks(Qemu10, Hmpsh);
     a_failed_migration: stays(Hmpsh);
+    locked_by_hmpsh: locks(Hmpsh, Hmpsh);
+    locked_by_hmpsh_against_7_2: locks(Hmpsh, Qemu7);
+    locked_by_7_2: locks(Qemu7, Hmpsh);
+    locked_by_10_0: locks(Qemu10, Hmpsh);
     requests_kept_by_7_2: kept_by(Qemu7);
     requests_kept_by_10_0: kept_by(Qemu10);
 }

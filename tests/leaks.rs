@@ -33,6 +33,7 @@ fn config(accel: Accel, kind: BackendKind, image: &Path) -> MachineConfig {
             file: image.to_owned(),
             is_read_only: false,
             is_guessed: false,
+            locks: true,
             option: String::new(),
         }],
         disks: vec![DiskConfig {
@@ -40,6 +41,7 @@ fn config(accel: Accel, kind: BackendKind, image: &Path) -> MachineConfig {
             drive: 0,
             slot: 7,
             serial: String::new(),
+            option: String::new(),
         }],
         memory_backend: Some(MemoryBackend {
             id: "mem0".to_owned(),

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::{Backend, SECTOR};
+use super::{Backend, LockError, SECTOR};
 use crate::iov::{In, Out};
 
 /// An open image with a name, what QEMU calls a block backend.
@@ -114,6 +114,14 @@ impl Backend for Drive {
         let result = self.image.zero(offset, len);
         self.note(offset, len);
         result
+    }
+
+    fn claim(&self) -> Result<(), LockError> {
+        self.image.claim()
+    }
+
+    fn release(&self) {
+        self.image.release();
     }
 
     fn flush(&self) -> io::Result<()> {

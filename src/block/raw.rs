@@ -8,6 +8,7 @@ use std::path::Path;
 
 use rustix::fs::{FallocateFlags, fallocate};
 
+use super::lock::{self, LockError};
 use super::{Backend, SECTOR};
 use crate::errno::Errno;
 use crate::iov::{self, In, Out};
@@ -16,6 +17,10 @@ use crate::iov::{self, In, Out};
 #[derive(Debug)]
 pub struct Raw {
     file: File,
+    /// As it was given, for messages.
+    name: String,
+    /// Whether it is locked at all.
+    locks: bool,
     sectors: u64,
     is_read_only: bool,
     /// Nobody has said that the image is raw: it was found not to be anything else.
@@ -42,12 +47,17 @@ pub enum OpenError {
 }
 
 impl Raw {
-    /// Opens an image. With `is_guessed` it is looked at first, because nobody has said that it is
+    /// Opens an image, and locks it with `locks` when it is claimed. With `is_guessed` it is looked at first, because nobody has said that it is
     /// raw, and the guest can not make another format of it by what it writes to its beginning.
     ///
     /// # Errors
     /// It is not there, can not be opened, or is something else.
-    pub fn open(path: &Path, is_read_only: bool, is_guessed: bool) -> Result<Self, OpenError> {
+    pub fn open(
+        path: &Path,
+        is_read_only: bool,
+        is_guessed: bool,
+        locks: bool,
+    ) -> Result<Self, OpenError> {
         let name = path.display().to_string();
         let failed = |source| OpenError::Host {
             path: name.clone(),
@@ -74,6 +84,8 @@ impl Raw {
         }
         Ok(Self {
             file,
+            name,
+            locks,
             sectors: len.div_ceil(SECTOR),
             is_read_only,
             is_guessed,
@@ -191,6 +203,19 @@ impl Backend for Raw {
         Ok(())
     }
 
+    fn claim(&self) -> Result<(), LockError> {
+        match self.locks {
+            true => lock::take(&self.file, &self.name, !self.is_read_only),
+            false => Ok(()),
+        }
+    }
+
+    fn release(&self) {
+        if self.locks {
+            lock::leave(&self.file);
+        }
+    }
+
     fn flush(&self) -> io::Result<()> {
         // There is nothing to be flushed.
         if self.is_read_only {
@@ -243,7 +268,7 @@ mod tests {
     #[test]
     fn a_last_sector_in_part_counts_and_reads_as_zero() {
         let file = image(&[7; 1000]);
-        let raw = Raw::open(file.path(), false, false).unwrap();
+        let raw = Raw::open(file.path(), false, false, true).unwrap();
         assert_eq!(raw.sectors(), 2);
         let (mut a, mut b) = ([1; 100], [1; 924]);
         let mut rooms = vec![In::from(&mut a[..]), In::from(&mut b[..])];
@@ -267,7 +292,7 @@ mod tests {
     #[test]
     fn many_pieces_take_several_calls() {
         let file = image(&[]);
-        let raw = Raw::open(file.path(), false, false).unwrap();
+        let raw = Raw::open(file.path(), false, false, true).unwrap();
         let bytes: Vec<u8> = (0..3000u32).map(|n| n as u8).collect();
         let mut pieces: Vec<Out<'_>> = bytes.chunks(1).map(Out::from).collect();
         raw.write(0, &mut pieces).unwrap();
@@ -280,7 +305,7 @@ mod tests {
     #[test]
     fn what_can_not_be_opened_is_named() {
         let refused = |path: &str| {
-            Raw::open(Path::new(path), true, true)
+            Raw::open(Path::new(path), true, true, true)
                 .unwrap_err()
                 .to_string()
         };
@@ -301,17 +326,17 @@ mod tests {
     #[test]
     fn a_guessed_image_stays_what_it_was_taken_for() {
         let file = image(b"QFI\xfb and more");
-        let error = Raw::open(file.path(), false, true).unwrap_err();
+        let error = Raw::open(file.path(), false, true, true).unwrap_err();
         assert_eq!(error.to_string(), "format=qcow2: not built in this version");
-        Raw::open(file.path(), false, false).unwrap();
+        Raw::open(file.path(), false, false, true).unwrap();
 
         let file = image(&[0; 1024]);
-        let raw = Raw::open(file.path(), false, true).unwrap();
+        let raw = Raw::open(file.path(), false, true, true).unwrap();
         let qcow = b"QFI\xfb";
         let refused = raw.write(0, &mut vec![Out::from(&qcow[..])]);
         assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
         raw.write(512, &mut vec![Out::from(&qcow[..])]).unwrap();
-        let raw = Raw::open(file.path(), true, false).unwrap();
+        let raw = Raw::open(file.path(), true, false, true).unwrap();
         assert!(raw.write(512, &mut vec![Out::from(&qcow[..])]).is_err());
         assert!(raw.zero(512, 4).is_err());
         raw.flush().unwrap();

@@ -73,12 +73,11 @@ pub(super) fn drive(draft: &mut Draft, value: &str) -> Answer {
         }
         Some(_) => return Err("invalid cache option".to_owned()),
     }
-    match list.take("file.locking").as_deref() {
-        // Images are not locked yet: auto takes locks where there are any.
-        None | Some("auto" | "off") => {}
-        Some("on") => return Err("file.locking=on: not built in this version".to_owned()),
+    let locks = match list.take("file.locking").as_deref() {
+        None | Some("auto" | "on") => true,
+        Some("off") => false,
         Some(other) => return Err(format!("invalid parameter value: {other}")),
-    }
+    };
     match list.take("media").as_deref() {
         None | Some("disk") => {}
         Some("cdrom") => return Err("media=cdrom: not built in this version".to_owned()),
@@ -115,6 +114,7 @@ pub(super) fn drive(draft: &mut Draft, value: &str) -> Answer {
             file: file.into(),
             is_read_only,
             is_guessed: format.is_none(),
+            locks,
             option: draft.option.clone(),
         },
     });
@@ -207,6 +207,7 @@ pub(super) fn connect(draft: &mut Draft) -> Result<(Vec<DriveConfig>, Vec<DiskCo
             drive,
             slot,
             serial: device.serial,
+            option: device.option,
         });
     }
     for (drive, wanted) in drives.iter().enumerate() {
@@ -223,6 +224,7 @@ pub(super) fn connect(draft: &mut Draft) -> Result<(Vec<DriveConfig>, Vec<DiskCo
             drive,
             slot: free_slot(&disks, None).map_err(refused)?,
             serial: String::new(),
+            option: wanted.drive.option.clone(),
         });
     }
     Ok((drives.into_iter().map(|drive| drive.drive).collect(), disks))

@@ -155,8 +155,8 @@ pub(super) const OPTIONS: &[Row] = &[
         "open a disk image",
         "FILE is a raw image or a block device; without format=raw it is looked at, and its first \
          sector can not be made to look like another format. Properties: id=ID, \
-         if=none|virtio, readonly=on|off, cache=writeback, file.locking=auto|off (images are not \
-         locked in this version), media=disk. With if=virtio, or without if= when no -device \
+         if=none|virtio, readonly=on|off, cache=writeback, file.locking=auto|on|off (whether an \
+         image that a disk uses is locked against others, as QEMU does it; on unless off), media=disk. With if=virtio, or without if= when no -device \
          names it, the drive gets a disk of its own, as -device virtio-blk-device makes it.",
         disk::drive,
     ),

@@ -265,7 +265,13 @@ impl Arrival<'_> {
 
     fn apply(&mut self) -> Result<(), Error> {
         match self.loader.take() {
-            Some(loader) => Ok(loader.apply()?),
+            Some(loader) => {
+                loader.apply()?;
+                // Can they be locked? Not for good yet: if the connection breaks now, the source
+                // must have them at once.
+                self.order.guest.claim_drives()?;
+                Ok(self.order.guest.release_drives(false)?)
+            }
             None => Err(Error::stream("Device state was applied already")),
         }
     }

@@ -4,7 +4,7 @@
 //! that fails and does not give the bits back makes the next one lose pages, visibly.
 
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicI32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
 use serde_json::json;
@@ -21,9 +21,24 @@ use crate::vmstate::StateReader;
 pub(super) struct Owners {
     running: AtomicI32,
     was_double: AtomicBool,
+    /// Who has locked the images that both sides use: an address that only that guest has, or 0.
+    locked: AtomicUsize,
 }
 
 impl Owners {
+    fn claim(&self, who: usize) -> bool {
+        let seen = self
+            .locked
+            .compare_exchange(0, who, Ordering::SeqCst, Ordering::SeqCst);
+        seen.is_ok() || seen == Err(who)
+    }
+
+    fn release(&self, who: usize) {
+        let _ = self
+            .locked
+            .compare_exchange(who, 0, Ordering::SeqCst, Ordering::SeqCst);
+    }
+
     fn change(&self, by: i32) {
         if self.running.fetch_add(by, Ordering::SeqCst) + by > 1 {
             self.was_double.store(true, Ordering::SeqCst);
@@ -129,6 +144,10 @@ impl FakeGuest {
         (memory.collect(), self.devices.lock().unwrap().clone())
     }
 
+    fn side(&self) -> usize {
+        self.blocks.as_ptr() as usize
+    }
+
     fn enter(&self, state: RunState) -> RunState {
         let mut now = self.state.lock().unwrap();
         self.owners
@@ -148,6 +167,7 @@ impl FakeGuest {
 impl Drop for FakeGuest {
     fn drop(&mut self) {
         self.enter(RunState::Shutdown);
+        self.owners.release(self.side());
     }
 }
 
@@ -168,6 +188,19 @@ impl Guest for FakeGuest {
         &self.drives
     }
 
+    fn claim_drives(&self) -> Result<(), Error> {
+        match self.owners.claim(self.side()) {
+            true => Ok(()),
+            false => Err(Error::State("the images are somebody else's".to_owned())),
+        }
+    }
+
+    fn release_drives(&self, _flush: bool) -> Result<(), Error> {
+        assert!(!self.run_state().is_running(), "its disks are in use");
+        self.owners.release(self.side());
+        Ok(())
+    }
+
     fn run_state(&self) -> RunState {
         *self.state.lock().unwrap()
     }
@@ -181,6 +214,7 @@ impl Guest for FakeGuest {
     }
 
     fn start(&self) -> Result<(), Error> {
+        self.claim_drives()?;
         self.enter(RunState::Running);
         Ok(())
     }

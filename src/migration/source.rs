@@ -123,6 +123,8 @@ impl<'a> Run<'a> {
         let before = self.stop_guest()?;
         self.finish_block()?;
         self.finish_ram()?;
+        // The destination locks them before it says that it is ready.
+        self.order.guest.release_drives(!self.order.block)?;
         let sections = self.devices(before)?;
         self.hand_over(&sections)
     }

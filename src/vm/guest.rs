@@ -69,6 +69,13 @@ pub trait Guest: Send + Sync {
     /// Drives, in the order they were given.
     fn drives(&self) -> &[Arc<Drive>];
 
+    /// Locks the images that its disks use, if they are not locked yet. [`Self::start`] does so too.
+    fn claim_drives(&self) -> Result<(), Error>;
+
+    /// Leaves the images to somebody else; the guest is at rest. With `flush`, what was written has
+    /// reached them.
+    fn release_drives(&self, flush: bool) -> Result<(), Error>;
+
     /// Present run state.
     fn run_state(&self) -> RunState;
 

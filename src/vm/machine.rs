@@ -11,6 +11,7 @@ mod sections;
 use std::sync::atomic::AtomicBool;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 
+use self::disks::Attached;
 use self::power::Reports;
 use super::accel::{self, Accel};
 use super::backend;
@@ -44,6 +45,7 @@ pub struct Machine {
     accel: Accel,
     map: Arc<Map>,
     drives: Vec<Arc<Drive>>,
+    attached: Vec<Attached>,
     log: MachineLog,
     bus: Arc<Bus>,
     program: Program,
@@ -94,7 +96,8 @@ pub struct Registers {
 impl Machine {
     /// Builds a machine at reset, in run state `prelaunch` (`inmigrate` with `incoming`). `serial`
     /// is COM1's chardev. With `incoming`, firmware and kernel are not loaded: the stream brings
-    /// them (a later reset loads them). The guest does not run.
+    /// them (a later reset loads them), and images are not locked: the source has them. The guest does
+    /// not run.
     pub fn new(
         config: &MachineConfig,
         serial: Option<Arc<dyn Chardev>>,
@@ -121,6 +124,10 @@ impl Machine {
         let reports = Arc::new(Reports::default());
         let kvm = accel::open(config.accel)?;
         let drives = disks::open_drives(config)?;
+        let attached = disks::attached(config, &drives);
+        if !incoming {
+            disks::claim_at_start(&attached)?;
+        }
         let parts = Parts {
             config,
             drives: &drives,
@@ -145,6 +152,7 @@ impl Machine {
             log: MachineLog::new(Arc::clone(&map), vm),
             map,
             drives,
+            attached,
             bus,
             program,
             vcpus: usize::from(vcpus),

@@ -72,7 +72,13 @@ impl Arrival<'_> {
         let state = globalstate::entered(received, *wish);
         match state {
             RunState::Running => self.order.guest.start()?,
-            other => drop(self.order.guest.stop(other)?),
+            other => {
+                // In doubt the source may have resumed it, images and all.
+                if self.doubt.is_none() {
+                    self.order.guest.claim_drives()?;
+                }
+                self.order.guest.stop(other)?;
+            }
         }
         Ok(state)
     }

@@ -89,6 +89,9 @@ impl Run<'_> {
 
     /// Back to what the guest was doing.
     fn resume(&mut self) -> Result<(), guest::Error> {
+        if self.before.is_some() {
+            self.order.guest.claim_drives()?;
+        }
         match self.before {
             None => Ok(()),
             Some(RunState::Running) => self.order.guest.start(),

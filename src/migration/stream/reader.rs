@@ -77,7 +77,12 @@ impl Reader {
     pub fn exact(&mut self, to: &mut [u8]) -> Result<(), Error> {
         let mut done = 0;
         while done < to.len() {
-            if self.start == self.end && self.fill()? == 0 {
+            let is_empty = self.start == self.end;
+            if is_empty && to.len() - done >= BUFFER {
+                done += self.straight(&mut to[done..])?;
+                continue;
+            }
+            if is_empty && self.fill()? == 0 {
                 return Err(ended());
             }
             let n = (to.len() - done).min(self.end - self.start);
@@ -86,6 +91,19 @@ impl Reader {
             done += n;
         }
         Ok(())
+    }
+
+    /// Reads past the buffer, which is empty: where more is wanted than it holds, it would only be
+    /// one more copy. At least one byte.
+    fn straight(&mut self, to: &mut [u8]) -> Result<usize, Error> {
+        let mut rooms = [In::from(&mut *to)];
+        let n = receive(&mut *self.channel, &mut rooms, self.patience)?;
+        if n == 0 {
+            return Err(ended());
+        }
+        self.received += n as u64;
+        self.digest.update(&to[..n]);
+        Ok(n)
     }
 
     /// The next byte.

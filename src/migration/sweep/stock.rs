@@ -120,6 +120,7 @@ pub(super) fn send(
 fn converse(guest: &FakeGuest, stream: &[u8], channel: &mut dyn Channel) -> Result<(), Error> {
     let patience = Duration::from_secs(3600);
     guest.stop(RunState::FinishMigrate)?;
+    guest.release_drives(true)?;
     let mut rest = stream;
     while !rest.is_empty() {
         rest = &rest[channel.write(&[Out::from(rest)], patience)?..];

@@ -30,6 +30,7 @@ pub(super) mod tests {
             drive: 0,
             slot,
             serial: String::new(),
+            option: String::new(),
         }
     }
 

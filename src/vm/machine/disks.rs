@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::IoEventAddress;
 
-use crate::block::{Drive, Raw};
+use crate::block::{Backend, Drive, Raw};
 use crate::config::{DriveConfig, MachineConfig};
 use crate::vm::accel::SharedVm;
 use crate::vm::device::bus::IrqLine;
@@ -56,15 +56,56 @@ pub(super) fn make(
     Ok(disks)
 }
 
+/// A drive that a disk uses, and the option that asked for it.
+pub(super) type Attached = (Arc<Drive>, String);
+
+/// All of them.
+pub(super) fn attached(config: &MachineConfig, drives: &[Arc<Drive>]) -> Vec<Attached> {
+    let disks = config.disks.iter();
+    disks
+        .filter_map(|disk| Some((Arc::clone(drives.get(disk.drive)?), disk.option.clone())))
+        .collect()
+}
+
+/// Locks the images of a machine that is being built.
+pub(super) fn claim_at_start(attached: &[Attached]) -> Result<(), Error> {
+    attached.iter().try_for_each(|(drive, option)| {
+        let claimed = drive.claim();
+        claimed.map_err(|error| Error::State(format!("{option}: {error}")))
+    })
+}
+
+/// Locks the images, or none of them.
+pub(super) fn claim(attached: &[Attached]) -> Result<(), Error> {
+    let claimed = attached.iter().try_for_each(|(drive, _)| {
+        let id = drive.id();
+        let claimed = drive.claim();
+        claimed.map_err(|error| Error::State(format!("Disk '{id}': {}", error.line())))
+    });
+    claimed.inspect_err(|_| attached.iter().for_each(|(drive, _)| drive.release()))
+}
+
+/// Unlocks the images of a guest at rest; with `flush`, after what was written has reached them.
+pub(super) fn release(attached: &[Attached], flush: bool) -> Result<(), Error> {
+    for (drive, _) in attached.iter().filter(|_| flush) {
+        let what = format!("Flushing disk '{}'", drive.id());
+        let flushed = drive.flush();
+        flushed.map_err(|source| Error::System { what, source })?;
+    }
+    attached.iter().for_each(|(drive, _)| drive.release());
+    Ok(())
+}
+
 fn open(drive: &DriveConfig) -> Result<Raw, Error> {
     let DriveConfig {
         id: _,
         file,
         is_read_only,
         is_guessed,
+        locks,
         option,
     } = drive;
-    let image = Raw::open(file, *is_read_only, *is_guessed)
+    let image = Raw::open(file, *is_read_only, *is_guessed, *locks)
         .map_err(|error| Error::State(format!("{option}: {error}")))?;
     if *is_guessed {
         log::warn!(

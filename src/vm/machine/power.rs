@@ -9,6 +9,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError, Weak};
 
 use super::Machine;
+use super::disks;
 use crate::event::Event;
 use crate::vm::boot::Processors;
 use crate::vm::guest::Error;
@@ -75,6 +76,7 @@ impl Machine {
     }
 
     fn start_locked(&self) -> Result<(), Error> {
+        disks::claim(&self.attached)?;
         self.resume()?;
         self.set_run_state(RunState::Running);
         (self.events)(Event::Resume);

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::Machine;
+use super::disks;
 use super::loader::Loader;
 use crate::block::Drive;
 use crate::vm::cpu_state::CpuState;
@@ -36,6 +37,14 @@ impl Guest for Machine {
 
     fn drives(&self) -> &[Arc<Drive>] {
         &self.drives
+    }
+
+    fn claim_drives(&self) -> Result<(), Error> {
+        disks::claim(&self.attached)
+    }
+
+    fn release_drives(&self, flush: bool) -> Result<(), Error> {
+        disks::release(&self.attached, flush)
     }
 
     fn run_state(&self) -> RunState {
