@@ -103,7 +103,7 @@ impl<'a> BlockLoad<'a> {
                 Record::Progress(percent) => self.percent = percent,
                 Record::Chunk(sector) => {
                     let index = self.find(&reader.cstr()?)?;
-                    reader.exact(&mut self.chunk)?;
+                    reader.bulk(&mut self.chunk)?;
                     let is_zero = super::is_zero(&self.chunk);
                     self.write(index, sector, is_zero)?;
                 }

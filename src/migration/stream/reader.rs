@@ -77,12 +77,7 @@ impl Reader {
     pub fn exact(&mut self, to: &mut [u8]) -> Result<(), Error> {
         let mut done = 0;
         while done < to.len() {
-            let is_empty = self.start == self.end;
-            if is_empty && to.len() - done >= BUFFER {
-                done += self.straight(&mut to[done..])?;
-                continue;
-            }
-            if is_empty && self.fill()? == 0 {
+            if self.start == self.end && self.fill()? == 0 {
                 return Err(ended());
             }
             let n = (to.len() - done).min(self.end - self.start);
@@ -93,17 +88,23 @@ impl Reader {
         Ok(())
     }
 
-    /// Reads past the buffer, which is empty: where more is wanted than it holds, it would only be
-    /// one more copy. At least one byte.
-    fn straight(&mut self, to: &mut [u8]) -> Result<usize, Error> {
-        let mut rooms = [In::from(&mut *to)];
-        let n = receive(&mut *self.channel, &mut rooms, self.patience)?;
-        if n == 0 {
-            return Err(ended());
+    /// Fills `to`, a multiple of [`PAGE_SIZE`], with bytes of a disk. What is not in the buffer yet
+    /// goes past it: it would only be one more copy.
+    pub fn bulk(&mut self, to: &mut [u8]) -> Result<(), Error> {
+        let mut done = to.len().min(self.end - self.start);
+        to[..done].copy_from_slice(&self.buffer[self.start..self.start + done]);
+        self.start += done;
+        while done < to.len() {
+            let mut rooms = [In::from(&mut to[done..])];
+            let n = receive(&mut *self.channel, &mut rooms, self.patience)?;
+            if n == 0 {
+                return Err(ended());
+            }
+            self.received += n as u64;
+            done += n;
         }
-        self.received += n as u64;
-        self.digest.update(&to[..n]);
-        Ok(n)
+        self.digest.bulk(to);
+        Ok(())
     }
 
     /// The next byte.

@@ -129,10 +129,11 @@ impl<'a> Writer<'a> {
         self.bulk(&[])
     }
 
-    /// Sends the queue and, behind it, bytes that are too many to be queued. As [`Self::flush`].
+    /// Sends the queue and, behind it, bytes of a disk, a multiple of [`PAGE_SIZE`]. As
+    /// [`Self::flush`].
     pub fn bulk(&mut self, bytes: &[u8]) -> Result<(), Fault> {
         self.digest.update(&self.small[self.hashed..]);
-        self.digest.update(bytes);
+        self.digest.bulk(bytes);
         let result = self.send(bytes);
         self.hashed = 0;
         self.torn |= result.is_err();
