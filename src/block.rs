@@ -40,11 +40,12 @@ pub trait Backend: Send + Sync {
     /// Of the host, or the image is read-only; some may have been written.
     fn write(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()>;
 
-    /// Makes `len` bytes from `offset` on zero.
+    /// Makes `len` bytes from `offset` on zero. With `may_unmap` they need not have room in the image
+    /// any more.
     ///
     /// # Errors
     /// As for [`Self::write`].
-    fn zero(&self, offset: u64, len: u64) -> io::Result<()>;
+    fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()>;
 
     /// Keeps others, who ask for the lock, from using the image as well. Once is enough.
     ///

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use common::beacon::wait_beacons;
@@ -170,6 +171,13 @@ fn a_7_2_that_sends_its_disk_in_part_is_found_out() {
     )));
     dest.wait_status("paused");
     assert!(from.bytes() == to.bytes());
+    // The guest has hardly used its own 64 MiB.
+    for side in [&source, &dest] {
+        assert!(side.peak_mib() < 64, "{} MiB", side.peak_mib());
+    }
+    // Every fourth MiB is zeros, and takes no room.
+    let blocks = |images: &Images| images.spare.as_file().metadata().unwrap().blocks() as usize;
+    assert!(blocks(&to) <= len / 512 * 3 / 4 + 64, "{}", blocks(&to));
 }
 
 /// Part of it is disk, and what is shown never goes back.

@@ -64,14 +64,6 @@ fn send(port: u16, write: impl FnOnce(&mut TcpStream) -> std::io::Result<()>) {
     }
 }
 
-/// The most memory that the process ever had at once, in MiB.
-fn peak(vm: &Vmm) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{}/status", vm.pid())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-    let kib = line.unwrap().trim().trim_end_matches(" kB");
-    kib.parse::<u64>().unwrap() >> 10
-}
-
 fn repeat(connection: &mut TcpStream, piece: &[u8], mib: usize) -> std::io::Result<()> {
     let many = piece.repeat((1 << 20) / piece.len());
     (0..mib).try_for_each(|_| connection.write_all(&many))
@@ -129,7 +121,7 @@ fn no_damaged_stream_takes_memory() {
         // OPEN_RETURN_PATH, again and again.
         repeat(to, b"\x08\0\x01\0\0", 64)
     });
-    let peak = peak(&dest);
+    let peak = dest.peak_mib();
     println!("{} streams, at most {peak} MiB", places.len() * 10 / 9 + 4);
     assert!(peak < MEMORY_MIB + 64, "{peak} MiB");
     // Each was told.

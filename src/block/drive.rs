@@ -110,8 +110,8 @@ impl Backend for Drive {
         result
     }
 
-    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-        let result = self.image.zero(offset, len);
+    fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        let result = self.image.zero(offset, len, may_unmap);
         self.note(offset, len);
         result
     }
@@ -153,8 +153,8 @@ mod tests {
         assert_eq!(drive.dirty(), 0);
         // Over the border of two.
         write(CHUNK - 512);
-        drive.zero(3 * CHUNK, 512).unwrap();
-        drive.zero(5, 0).unwrap();
+        drive.zero(3 * CHUNK, 512, false).unwrap();
+        drive.zero(5, 0, false).unwrap();
         assert_eq!(drive.dirty(), 3);
         assert_eq!(drive.take_dirty(1), Some(1));
         write(CHUNK);

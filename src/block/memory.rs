@@ -91,7 +91,7 @@ impl Backend for Memory {
         Ok(())
     }
 
-    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+    fn zero(&self, offset: u64, len: u64, _may_unmap: bool) -> io::Result<()> {
         Self::count(&self.writes, libc::ENOSPC)?;
         self.bytes()[offset as usize..][..len as usize].fill(0);
         Ok(())

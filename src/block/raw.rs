@@ -186,8 +186,12 @@ impl Backend for Raw {
         Ok(())
     }
 
-    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+    fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         self.check_write()?;
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        if may_unmap && fallocate(&self.file, hole, offset, len).is_ok() {
+            return Ok(());
+        }
         if fallocate(&self.file, FallocateFlags::ZERO_RANGE, offset, len).is_ok() {
             return Ok(());
         }
@@ -279,7 +283,7 @@ mod tests {
         let (a, b) = ([1; 12], [2; 500]);
         let mut pieces = vec![Out::from(&a[..]), Out::from(&b[..])];
         raw.write(512, &mut pieces).unwrap();
-        raw.zero(516, 6).unwrap();
+        raw.zero(516, 6, false).unwrap();
         raw.flush().unwrap();
         let bytes = std::fs::read(file.path()).unwrap();
         assert_eq!(bytes.len(), 1024);
@@ -338,7 +342,7 @@ mod tests {
         raw.write(512, &mut vec![Out::from(&qcow[..])]).unwrap();
         let raw = Raw::open(file.path(), true, false, true).unwrap();
         assert!(raw.write(512, &mut vec![Out::from(&qcow[..])]).is_err());
-        assert!(raw.zero(512, 4).is_err());
+        assert!(raw.zero(512, 4, false).is_err());
         raw.flush().unwrap();
     }
 }

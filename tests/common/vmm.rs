@@ -377,6 +377,14 @@ impl Vmm {
         self.child.id()
     }
 
+    /// The most memory that the process ever had at once, in MiB.
+    pub(crate) fn peak_mib(&self) -> u64 {
+        let status = read(Path::new(&format!("/proc/{}/status", self.pid())));
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.unwrap().trim().trim_end_matches(" kB");
+        kib.parse::<u64>().unwrap() >> 10
+    }
+
     /// Processor time of all threads so far.
     pub(crate) fn cpu_time(&self) -> Duration {
         let stat = read(Path::new(&format!("/proc/{}/stat", self.child.id())));

@@ -58,7 +58,7 @@ fn fails(source: &FakeGuest, dest: &FakeGuest, setting: &Setting) -> String {
     let error = outcome.source.expect_err("the disks did not arrive");
     // A log that goes on would cost memory.
     assert!(source.drives.iter().all(|drive| drive.dirty() == 0));
-    source.drives[0].zero(0, 512).unwrap_or_default();
+    source.drives[0].zero(0, 512, false).unwrap_or_default();
     assert_eq!(source.drives[0].dirty(), 0);
     error.to_string()
 }

@@ -141,7 +141,7 @@ fn run(kind: u32, from: &mut Vec<Piece<'_>>, target: &Target<'_>) -> Result<Stat
             _ => Status::Unsupported,
         });
     }
-    let result = target.image.zero(sector * SECTOR, len);
+    let result = target.image.zero(sector * SECTOR, len, false);
     Ok(written(result, target))
 }
 

@@ -72,7 +72,7 @@ impl Backend for Image {
         Ok(())
     }
 
-    fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
+    fn zero(&self, offset: u64, len: u64, _may_unmap: bool) -> io::Result<()> {
         self.check(offset, len as usize)?;
         self.bytes.lock().unwrap()[offset as usize..(offset + len) as usize].fill(0);
         Ok(())
@@ -494,8 +494,8 @@ fn a_cache_that_is_switched_off_is_flushed_by_every_write() {
         fn write(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()> {
             self.0.write(offset, pieces)
         }
-        fn zero(&self, offset: u64, len: u64) -> io::Result<()> {
-            self.0.zero(offset, len)
+        fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+            self.0.zero(offset, len, may_unmap)
         }
         fn flush(&self) -> io::Result<()> {
             self.0.flush()
