@@ -6,6 +6,7 @@ mod lock;
 #[cfg(test)]
 mod memory;
 mod raw;
+mod stats;
 
 use std::io;
 
@@ -14,6 +15,7 @@ pub use self::lock::LockError;
 #[cfg(test)]
 pub(crate) use self::memory::{Memory, words};
 pub use self::raw::{OpenError, Raw};
+pub use self::stats::{Operations, Stats};
 use crate::iov::{In, Out};
 
 /// Bytes of a sector, the unit in which disks count.
@@ -23,6 +25,16 @@ pub const SECTOR: u64 = 512;
 pub trait Backend: Send + Sync {
     /// Length in sectors of [`SECTOR`] bytes; a last one that the image has only in part counts.
     fn sectors(&self) -> u64;
+
+    /// Name of its format.
+    fn format(&self) -> &'static str {
+        "raw"
+    }
+
+    /// Bytes that the image takes on the host.
+    fn allocated(&self) -> u64 {
+        0
+    }
 
     /// Whether nothing may be written.
     fn is_read_only(&self) -> bool;

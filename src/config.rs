@@ -111,6 +111,18 @@ pub struct DiskConfig {
     pub option: String,
 }
 
+impl MachineConfig {
+    /// Id of the disk that uses that drive, or its place among those without.
+    pub fn disk_of(&self, drive: usize) -> Option<String> {
+        let at = self.disks.iter().position(|disk| disk.drive == drive)?;
+        let nameless = self.disks[..at].iter().filter(|disk| disk.id.is_none());
+        Some(match &self.disks[at].id {
+            Some(id) => id.clone(),
+            None => format!("/machine/peripheral-anon/device[{}]", nameless.count()),
+        })
+    }
+}
+
 impl DiskConfig {
     /// Guest-physical address of the slot, [`SLOT_BYTES`] long.
     pub fn base(&self) -> u64 {

@@ -30,7 +30,7 @@ mod job;
 mod outgoing;
 
 pub use events::{Events, Listener};
-pub use inspect::{ChardevInfo, CpuInfo, RamBlockInfo};
+pub use inspect::{ChardevInfo, CpuInfo, DriveInfo, DriveStats, RamBlockInfo};
 pub use outgoing::MigrateOptions;
 
 /// Why a verb was refused or failed; the text is what the operator reads after `Error: `.

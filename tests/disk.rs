@@ -305,6 +305,77 @@ fn an_image_that_somebody_else_took_meanwhile_is_not_run_on() {
     goes_on(&[&source, &dest]);
 }
 
+/// What the monitor says of disks is what QEMU says, but for the digits of nodes' names.
+fn shown_as_by(program: Program) {
+    if !have(&[program, Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let odd = tempfile::NamedTempFile::new().unwrap();
+    odd.as_file().set_len(1000).unwrap();
+    let used = drive("d1", odd.path(), ",readonly=on");
+    let unused = drive("d2", odd.path(), "");
+    let setup = |program| {
+        let args = [
+            "-drive",
+            &used,
+            "-device",
+            "virtio-blk-device,drive=d1,id=x",
+        ];
+        guest.setup(program).args(&args).args(&["-drive", &unused])
+    };
+    let answers = |program| {
+        let mut vm = setup(program).args(&["-S"]).start();
+        let answers = [
+            "info block",
+            "info block -v",
+            "info block -n",
+            "info block d1",
+            "info block -v d2",
+            "info block foo",
+            "info block -n d1",
+            "info blockstats",
+        ]
+        .map(|line| vm.command(line));
+        answers.map(|text| {
+            let mut parts = text.split("#block");
+            let first = parts.next().unwrap_or_default().to_owned();
+            parts.fold(first, |text, part| {
+                text + "#block" + part.trim_start_matches(|letter: char| letter.is_ascii_digit())
+            })
+        })
+    };
+    assert_eq!(answers(Hmpsh), answers(program));
+}
+
+#[test]
+fn what_the_guest_does_is_counted() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let mut vm = guest.setup(Hmpsh).start();
+    goes_on(&[&vm]);
+    vm.quiet("stop");
+    let text = vm.command("info blockstats");
+    let number = |name: &str| -> u64 {
+        let mut words = text.split_whitespace();
+        let value = words.find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+        value.unwrap().parse().unwrap()
+    };
+    // Two sectors a round, one operation each way.
+    assert_eq!(number("wr_bytes"), number("wr_operations") * 1024);
+    assert_eq!(number("rd_bytes"), number("rd_operations") * 1024);
+    assert!(
+        number("wr_operations") >= 70 && number("flush_operations") >= 3,
+        "{text}"
+    );
+    assert!(
+        number("rd_total_time_ns") > 0 && number("idle_time_ns") > 0,
+        "{text}"
+    );
+}
+
 #[test]
 fn the_map_has_all_slots() {
     if !have(&[Hmpsh]) {
@@ -348,6 +419,8 @@ cells! {
     three_disks_to_7_2: three_disks(Hmpsh, Qemu7);
     three_disks_from_10_0: three_disks(Qemu10, Hmpsh);
     a_failed_migration: stays(Hmpsh);
+    shown_as_by_7_2: shown_as_by(Qemu7);
+    shown_as_by_10_0: shown_as_by(Qemu10);
     locked_by_hmpsh: locks(Hmpsh, Hmpsh);
     locked_by_hmpsh_against_7_2: locks(Hmpsh, Qemu7);
     locked_by_7_2: locks(Qemu7, Hmpsh);

@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::stats::Stats;
 use super::{Backend, LockError, SECTOR};
 use crate::iov::{In, Out};
 
@@ -12,6 +13,7 @@ pub struct Drive {
     id: String,
     image: Box<dyn Backend>,
     log: Mutex<Option<BTreeSet<u64>>>,
+    stats: Stats,
 }
 
 impl Drive {
@@ -21,7 +23,18 @@ impl Drive {
             id,
             image,
             log: Mutex::default(),
+            stats: Stats::default(),
         }
+    }
+
+    /// The image itself, for whoever is not to be counted. Writes to it are not noted either.
+    pub fn image(&self) -> &dyn Backend {
+        &*self.image
+    }
+
+    /// What was done through the drive so far.
+    pub fn stats(&self) -> &Stats {
+        &self.stats
     }
 
     /// Its name.
@@ -100,18 +113,23 @@ impl Backend for Drive {
     }
 
     fn read(&self, offset: u64, rooms: &mut Vec<In<'_>>) -> io::Result<()> {
-        self.image.read(offset, rooms)
+        let len = rooms.iter().map(|room| room.len() as u64).sum();
+        self.stats
+            .reads
+            .time(len, || self.image.read(offset, rooms))
     }
 
     fn write(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()> {
         let len = pieces.iter().map(|piece| piece.len() as u64).sum();
-        let result = self.image.write(offset, pieces);
+        let write = || self.image.write(offset, pieces);
+        let result = self.stats.writes.time(len, write);
         self.note(offset, len);
         result
     }
 
     fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
-        let result = self.image.zero(offset, len, may_unmap);
+        let zero = || self.image.zero(offset, len, may_unmap);
+        let result = self.stats.writes.time(len, zero);
         self.note(offset, len);
         result
     }
@@ -125,7 +143,7 @@ impl Backend for Drive {
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.image.flush()
+        self.stats.flushes.time(0, || self.image.flush())
     }
 }
 

@@ -3,7 +3,7 @@
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::Path;
 
 use rustix::fs::{FallocateFlags, fallocate};
@@ -118,6 +118,12 @@ impl Raw {
 impl Backend for Raw {
     fn sectors(&self) -> u64 {
         self.sectors
+    }
+
+    fn allocated(&self) -> u64 {
+        self.file
+            .metadata()
+            .map_or(0, |metadata| metadata.blocks() * SECTOR)
     }
 
     fn is_read_only(&self) -> bool {

@@ -1,6 +1,9 @@
 //! Looking at the machine: vCPUs, memory, ports, chardevs.
 
+use std::sync::Arc;
+
 use super::{Control, Error};
+use crate::block::{Backend, Drive, Operations};
 use crate::chardev::Ringbuf;
 use crate::vm::guest::Guest;
 use crate::vm::machine::{MapEntry, Registers};
@@ -40,7 +43,77 @@ pub struct ChardevInfo {
     pub description: String,
 }
 
+/// A drive, for `info block`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DriveInfo {
+    /// Its name.
+    pub id: String,
+    /// Number of the node of its format; that of its file is one less.
+    pub node: usize,
+    /// Its image, as it was given.
+    pub file: String,
+    /// Format of the image.
+    pub format: &'static str,
+    /// Whether nothing may be written.
+    pub is_read_only: bool,
+    /// The disk that uses it.
+    pub disk: Option<String>,
+    /// Bytes that a disk sees.
+    pub len: u64,
+    /// Bytes that it takes on the host.
+    pub allocated: u64,
+}
+
+/// What a drive has done, for `info blockstats`.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct DriveStats {
+    /// Its name.
+    pub id: String,
+    /// Bytes read and written.
+    pub bytes: [u64; 2],
+    /// Reads, writes and flushes.
+    pub operations: [u64; 3],
+    /// Nanoseconds they took.
+    pub nanoseconds: [u64; 3],
+    /// Nanoseconds since the last one ended; 0 if there was none.
+    pub idle: u64,
+}
+
 impl Control {
+    /// Drives, in the order they were given.
+    pub fn drives(&self) -> Vec<DriveInfo> {
+        let machine = self.machine();
+        let config = &self.config.machine;
+        let info = |(index, drive): (usize, &Arc<Drive>)| DriveInfo {
+            id: drive.id().to_owned(),
+            node: 2 * index + 1,
+            file: config.drives[index].file.display().to_string(),
+            format: drive.image().format(),
+            is_read_only: drive.is_read_only(),
+            disk: config.disk_of(index),
+            len: drive.len(),
+            allocated: drive.image().allocated(),
+        };
+        machine.drives().iter().enumerate().map(info).collect()
+    }
+
+    /// What the drives have done.
+    pub fn drive_stats(&self) -> Vec<DriveStats> {
+        let machine = self.machine();
+        let stats = |drive: &Arc<Drive>| {
+            let stats = drive.stats();
+            let all = [&stats.reads, &stats.writes, &stats.flushes];
+            DriveStats {
+                id: drive.id().to_owned(),
+                bytes: [stats.reads.bytes(), stats.writes.bytes()],
+                operations: all.map(Operations::count),
+                nanoseconds: all.map(Operations::nanoseconds),
+                idle: stats.idle(),
+            }
+        };
+        machine.drives().iter().map(stats).collect()
+    }
+
     /// Whether KVM runs the guest.
     pub fn has_kvm(&self) -> bool {
         self.machine().has_kvm()

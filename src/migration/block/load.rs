@@ -145,8 +145,10 @@ impl<'a> BlockLoad<'a> {
         // The last one may be shorter; what is behind it means nothing.
         let len = (drive.len() - offset).min(CHUNK);
         let written = match is_zero {
-            true => drive.zero(offset, len, true),
-            false => drive.write(offset, &mut vec![Out::from(&self.chunk[..len as usize])]),
+            true => drive.image().zero(offset, len, true),
+            false => drive
+                .image()
+                .write(offset, &mut vec![Out::from(&self.chunk[..len as usize])]),
         };
         written.map_err(|error| {
             let why = Errno(&error);

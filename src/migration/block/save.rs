@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{Record, header, is_zero, sent};
-use crate::block::{Backend, CHUNK, Drive, SECTOR};
+use crate::block::{CHUNK, Drive, SECTOR};
 use crate::errno::Errno;
 use crate::iov::In;
 use crate::migration::Error;
@@ -184,7 +184,7 @@ impl<'a> BlockSave<'a> {
         let len = (drive.len() - offset).min(CHUNK) as usize;
         let (content, rest) = self.chunk.split_at_mut(len);
         rest.fill(0);
-        let read = drive.read(offset, &mut vec![In::from(content)]);
+        let read = drive.image().read(offset, &mut vec![In::from(content)]);
         read.map_err(|error| {
             let (id, why) = (drive.id(), Errno(&error));
             Error::Stream(format!(
