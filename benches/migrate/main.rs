@@ -18,6 +18,7 @@
 mod bare;
 #[path = "../../tests/common/mod.rs"]
 mod common;
+mod disk;
 
 use std::fs::File;
 use std::io::Read;
@@ -84,6 +85,29 @@ fn main() -> ExitCode {
         });
         report(&programs, &times, milliseconds);
     }
+    if order.includes("disk") {
+        println!(
+            "{} of disk with 64 MiB of memory (-b); to reach: 2 times QEMU 7.2, 0.7 of a copy",
+            size(order.disk)
+        );
+        let images = disk::Images::new(order.disk);
+        // QEMU 10.0 has none.
+        let sending: Vec<Program> = programs
+            .iter()
+            .copied()
+            .filter(|program| *program != Program::Qemu10)
+            .collect();
+        let times = rounds(order.rounds, sending.len() + 1, |contender| {
+            match sending.get(contender) {
+                Some(program) => images.move_over(*program),
+                None => images.copy(),
+            }
+        });
+        let gigabytes = order.disk as f64 / 1e9;
+        report(&sending, &times, |sample| {
+            format!("{:6.2} GB/s", gigabytes / sample.time.as_secs_f64())
+        });
+    }
     if order.includes("downtime") {
         println!("Downtime of a running guest (16 MiB rewritten all the time); to reach: QEMU's");
         let times = rounds(order.rounds, programs.len(), |contender| {
@@ -127,6 +151,7 @@ struct Order {
     rounds: usize,
     full: u64,
     untouched: u64,
+    disk: u64,
 }
 
 impl Order {
@@ -141,6 +166,7 @@ impl Order {
             rounds: 0,
             full: 2 << 30,
             untouched: 8 << 30,
+            disk: 1 << 30,
         };
         let mut default_rounds = 9;
         while let Some(arg) = args.next() {
@@ -149,6 +175,7 @@ impl Order {
                 "--bench" => {}
                 "--quick" => {
                     (order.full, order.untouched) = (256 << 20, 2 << 30);
+                    order.disk = 256 << 20;
                     default_rounds = 3;
                     order.is_quick = true;
                 }
@@ -176,7 +203,7 @@ impl Order {
     }
 }
 
-const PARTS: [&str; 5] = ["warm", "fresh", "untouched", "downtime", "prompt"];
+const PARTS: [&str; 6] = ["warm", "fresh", "untouched", "disk", "downtime", "prompt"];
 
 /// What a run took.
 #[derive(Clone, Copy)]

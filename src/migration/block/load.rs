@@ -97,6 +97,13 @@ impl<'a> BlockLoad<'a> {
     }
 
     fn records(&mut self, reader: &mut Reader) -> Result<(), Error> {
+        reader.set_ahead(0);
+        let result = self.chunks(reader);
+        reader.set_ahead(usize::MAX);
+        result
+    }
+
+    fn chunks(&mut self, reader: &mut Reader) -> Result<(), Error> {
         loop {
             match Record::parse(reader.be64()?).map_err(Error::Stream)? {
                 Record::Eos => return Ok(()),

@@ -21,6 +21,7 @@ pub struct Reader {
     buffer: Vec<u8>,
     start: usize,
     end: usize,
+    ahead: usize,
     digest: Digest,
     received: u64,
     patience: Duration,
@@ -36,11 +37,18 @@ impl Reader {
             buffer: vec![0; BUFFER],
             start: 0,
             end: 0,
+            ahead: BUFFER,
             digest: Digest::default(),
             received: 0,
             patience,
             fault: None,
         }
+    }
+
+    /// How far to read ahead, up to what the buffer holds: where [`Self::bulk`] will be called, what
+    /// is in the buffer by then is copied once more.
+    pub fn set_ahead(&mut self, ahead: usize) {
+        self.ahead = ahead.clamp(PAGE_SIZE, BUFFER);
     }
 
     /// How long to wait for the next byte.
@@ -174,7 +182,9 @@ impl Reader {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        let mut rooms = [In::from(&mut self.buffer[self.end..])];
+        // A page must fit in any case.
+        let limit = BUFFER.min(self.end + self.ahead);
+        let mut rooms = [In::from(&mut self.buffer[self.end..limit])];
         let n = receive(&mut *self.channel, &mut rooms, self.patience)?;
         self.end += n;
         self.received += n as u64;
