@@ -180,6 +180,38 @@ fn a_7_2_that_sends_its_disk_in_part_is_found_out() {
     assert!(blocks(&to) <= len / 512 * 3 / 4 + 64, "{}", blocks(&to));
 }
 
+/// The image at the other end may be the one that is sent.
+fn onto_itself(source: Program) {
+    if !have(&[source, Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let images = Images::full(2 * MIB);
+    let mut source = images.setup(&guest, source).start();
+    goes_on(&[&source]);
+    let mut dest = images
+        .setup(&guest, Hmpsh)
+        .incoming("tcp:127.0.0.1:0")
+        .start();
+    let port = dest.port();
+    let before = std::fs::read(images.spare.path()).unwrap();
+    source.command(&format!("migrate -b tcp:127.0.0.1:{port}"));
+    dest.wait_said("Disk 'd0' at the destination: Failed to get \"write\" lock. Is another");
+    source.wait_status("running");
+    goes_on(&[&source]);
+    assert!(before == std::fs::read(images.spare.path()).unwrap());
+}
+
+#[test]
+fn onto_the_image_of_hmpsh() {
+    onto_itself(Hmpsh);
+}
+
+#[test]
+fn onto_the_image_of_7_2() {
+    onto_itself(Qemu7);
+}
+
 /// Part of it is disk, and what is shown never goes back.
 #[test]
 fn progress_counts_the_disks() {

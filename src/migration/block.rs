@@ -72,7 +72,15 @@ pub fn sent(drives: &[Arc<Drive>]) -> impl Iterator<Item = &Arc<Drive>> {
     drives.iter().filter(is_sent)
 }
 
-/// Whether a disk of that name and length (bytes) can be taken in; the text says why not.
+/// Locks a drive's image; the text says why that can not be.
+fn claim(drive: &Drive) -> Result<(), String> {
+    let id = drive.id();
+    let claimed = drive.claim();
+    claimed.map_err(|error| format!("Disk '{id}' at the destination: {}", error.line()))
+}
+
+/// Whether a disk of that name and length (bytes) can be taken in; the text says why not. If it can,
+/// its image is locked.
 pub fn check(drives: &[Arc<Drive>], id: &str, len: u64) -> Result<(), String> {
     let Some(drive) = drives.iter().find(|drive| drive.id() == id) else {
         return Err(format!(
@@ -89,7 +97,7 @@ pub fn check(drives: &[Arc<Drive>], id: &str, len: u64) -> Result<(), String> {
             "Disk '{id}' is too small at the destination: {here} bytes of {len}"
         ));
     }
-    Ok(())
+    claim(drive)
 }
 
 /// Comparing a slice with itself, one byte on, is as fast as memory is.

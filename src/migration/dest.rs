@@ -267,10 +267,13 @@ impl Arrival<'_> {
         match self.loader.take() {
             Some(loader) => {
                 loader.apply()?;
-                // Can they be locked? Not for good yet: if the connection breaks now, the source
-                // must have them at once.
                 self.order.guest.claim_drives()?;
-                Ok(self.order.guest.release_drives(false)?)
+                // They can be locked; not for good yet: if the connection breaks now, the source
+                // must have them at once. Images that were sent are not the source's.
+                if self.block.stats.is_none() {
+                    self.order.guest.release_drives(false)?;
+                }
+                Ok(())
             }
             None => Err(Error::stream("Device state was applied already")),
         }

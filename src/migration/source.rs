@@ -80,6 +80,7 @@ impl<'a> Outgoing<'a> {
             return_path: ReturnPath::default(),
             peer: Peer::OneWay,
             block: None,
+            lead: 0,
             ram: None,
             soundings: 0,
             before: None,
@@ -104,6 +105,8 @@ struct Run<'a> {
     return_path: ReturnPath,
     peer: Peer,
     block: Option<BlockSave<'a>>,
+    /// By how many bytes disks are ahead of memory since the bulk.
+    lead: i64,
     ram: Option<RamSave<'a>>,
     /// How often the way to the destination was sounded.
     soundings: u32,
@@ -227,20 +230,26 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// One PART of each, of about `allowance` bytes together. Until every chunk of the disks has been
-    /// sent once memory waits: it changes faster.
+    /// One PART of about `allowance` bytes, of disks or of memory. Until every chunk of the disks has
+    /// been sent once memory waits: it changes faster. Then whatever has had less goes first: a
+    /// chunk that is written to all the time could take everything.
     fn send(&mut self, allowance: u64) -> Result<(), Error> {
         let begin = self.writer.total();
-        if let Some(block) = self.block.as_mut().filter(|block| block.pending() > 0) {
+        let is_idle = self.ram()?.0.pending() == 0;
+        let lead = self.lead;
+        let goes = |block: &&mut BlockSave<'a>| {
+            block.is_bulk() || block.pending() > 0 && (lead <= 0 || is_idle)
+        };
+        if let Some(block) = self.block.as_mut().filter(goes) {
+            let is_bulk = block.is_bulk();
             block.iterate(&mut self.writer, allowance)?;
-            if block.is_bulk() {
-                return Ok(());
+            if !is_bulk {
+                self.lead += (self.writer.total() - begin) as i64;
             }
-        }
-        let spent = self.writer.total() - begin;
-        if spent < allowance {
+        } else {
             let (ram, writer) = self.ram()?;
-            ram.iterate(writer, allowance - spent)?;
+            ram.iterate(writer, allowance)?;
+            self.lead -= (self.writer.total() - begin) as i64;
         }
         Ok(())
     }

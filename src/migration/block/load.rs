@@ -24,7 +24,7 @@ pub struct BlockLoad<'a> {
     pub stats: Option<DiskStats>,
 }
 
-/// A drive being filled.
+/// A drive being filled; its image is locked from the first chunk on.
 struct Disk<'a> {
     drive: &'a Drive,
     /// A bit for each chunk that came; empty if none did.
@@ -149,6 +149,11 @@ impl<'a> BlockLoad<'a> {
             let text = format!("Sector {sector} of disk '{id}' is not where a chunk begins");
             return Err(Error::Stream(text));
         }
+        if disk.came.is_empty() {
+            // The image may be the source's own.
+            super::claim(drive).map_err(Error::Stream)?;
+            disk.came = vec![0; drive.chunks().div_ceil(64) as usize];
+        }
         // The last one may be shorter; what is behind it means nothing.
         let len = (drive.len() - offset).min(CHUNK);
         let written = match is_zero {
@@ -164,9 +169,6 @@ impl<'a> BlockLoad<'a> {
             ))
         })?;
         let number = offset / CHUNK;
-        if disk.came.is_empty() {
-            disk.came = vec![0; drive.chunks().div_ceil(64) as usize];
-        }
         disk.came[(number / 64) as usize] |= 1 << (number % 64);
         if let Some(stats) = &mut self.stats {
             stats.transferred += len;

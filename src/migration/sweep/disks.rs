@@ -124,6 +124,72 @@ fn a_guest_that_writes_meanwhile_loses_nothing() {
     }
 }
 
+/// An image of one chunk that is written to whenever it was read.
+struct Restless {
+    image: Memory,
+    drive: std::sync::OnceLock<std::sync::Weak<Drive>>,
+}
+
+impl Backend for Arc<Restless> {
+    fn sectors(&self) -> u64 {
+        self.image.sectors()
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn read(&self, offset: u64, rooms: &mut Vec<crate::iov::In<'_>>) -> std::io::Result<()> {
+        let drive = self.drive.get().and_then(std::sync::Weak::upgrade);
+        drive.unwrap().zero(0, 512, false)?;
+        self.image.read(offset, rooms)?;
+        let drive = self.drive.get().and_then(std::sync::Weak::upgrade);
+        drive.unwrap().zero(0, 512, false)
+    }
+
+    fn write(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> std::io::Result<()> {
+        self.image.write(offset, pieces)
+    }
+
+    fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> std::io::Result<()> {
+        self.image.zero(offset, len, may_unmap)
+    }
+
+    fn flush(&self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[test]
+fn a_chunk_that_never_rests_leaves_room_for_memory() {
+    const PAGES: usize = 400;
+    let owners = Arc::default();
+    let mut source = FakeGuest::new(&owners, &[PAGES, 1], 1);
+    (0..PAGES).for_each(|page| source.store((0, page, 1)));
+    source.start().unwrap();
+    let restless = Arc::new(Restless {
+        image: Memory::new(CHUNK),
+        drive: std::sync::OnceLock::new(),
+    });
+    restless.image.bytes()[CHUNK as usize - 1] = 1;
+    let drive = Arc::new(Drive::new("hd0".to_owned(), Box::new(restless.clone())));
+    restless.drive.set(Arc::downgrade(&drive)).unwrap();
+    source.drives.push(drive);
+    let dest = FakeGuest::new(&owners, &[PAGES, 1], 1);
+    let dest = attach(dest, &vec![("hd0", Memory::new(CHUNK))]);
+    // Less than a chunk in a window of 100 ms, and more than a chunk's time is no downtime.
+    let mut slow = setting(Kind::Hmpsh, Faults::default());
+    slow.limits.max_bandwidth = 2 << 20;
+    slow.limits.avail_switchover_bandwidth = 2 << 20;
+    slow.faults.cancel = Some((Way::Forth, 6 * CHUNK));
+    let outcome = migrate(&source, &dest, &slow);
+    assert!(outcome.source.unwrap_err().is_cancel());
+    let board = outcome.source_board;
+    let (ram, disk) = (board.ram.unwrap(), board.disk.unwrap());
+    assert_eq!((ram.remaining, ram.normal), (0, PAGES as u64));
+    assert!(disk.transferred > 2 * CHUNK, "{disk:?}");
+}
+
 #[test]
 fn a_disk_that_does_not_fit_is_found_before_anything_moves() {
     let small = ("hd0", Memory::new(CHUNK));

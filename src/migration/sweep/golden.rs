@@ -77,12 +77,22 @@ pub(super) fn receive() -> Arc<Machine> {
     arrives(Accel::None, STREAM).unwrap()
 }
 
-/// Which bits of the byte at an offset are flipped: all of them where there is time.
+/// Whether there is time for every bit.
+fn has_time() -> bool {
+    std::env::var_os("HMPSH_EVERY_BIT").is_some()
+}
+
+/// Which bits of the byte at an offset are flipped.
 pub(super) fn bits(at: usize) -> Range<usize> {
-    match std::env::var_os("HMPSH_EVERY_BIT") {
-        Some(_) => 0..8,
-        None => at % 8..at % 8 + 1,
+    match has_time() {
+        true => 0..8,
+        false => at % 8..at % 8 + 1,
     }
+}
+
+/// Every `step`th number, or every one if there is time.
+pub(super) fn some(range: Range<usize>, step: usize) -> impl Iterator<Item = usize> {
+    range.step_by(if has_time() { 1 } else { step })
 }
 
 /// Loads a stream. `Err` is what the operator reads.
