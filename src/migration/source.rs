@@ -105,7 +105,7 @@ struct Run<'a> {
     return_path: ReturnPath,
     peer: Peer,
     block: Option<BlockSave<'a>>,
-    /// By how many bytes disks are ahead of memory since the bulk.
+    /// By how many bytes disks are ahead of memory, since both have had something to send.
     lead: i64,
     ram: Option<RamSave<'a>>,
     /// How often the way to the destination was sounded.
@@ -235,22 +235,26 @@ impl<'a> Run<'a> {
     /// chunk that is written to all the time could take everything.
     fn send(&mut self, allowance: u64) -> Result<(), Error> {
         let begin = self.writer.total();
-        let is_idle = self.ram()?.0.pending() == 0;
-        let lead = self.lead;
-        let goes = |block: &&mut BlockSave<'a>| {
-            block.is_bulk() || block.pending() > 0 && (lead <= 0 || is_idle)
-        };
-        if let Some(block) = self.block.as_mut().filter(goes) {
-            let is_bulk = block.is_bulk();
-            block.iterate(&mut self.writer, allowance)?;
-            if !is_bulk {
-                self.lead += (self.writer.total() - begin) as i64;
+        let wants_ram = self.ram()?.0.pending() > 0;
+        let (is_bulk, wants_block) = self.block.as_ref().map_or((false, false), |block| {
+            (block.is_bulk(), block.pending() > 0)
+        });
+        let is_contest = wants_ram && wants_block && !is_bulk;
+        let block_goes = wants_block && (!is_contest || self.lead <= 0);
+        match self.block.as_mut().filter(|_| block_goes) {
+            Some(block) => block.iterate(&mut self.writer, allowance)?,
+            None => {
+                let (ram, writer) = self.ram()?;
+                ram.iterate(writer, allowance)?;
             }
-        } else {
-            let (ram, writer) = self.ram()?;
-            ram.iterate(writer, allowance)?;
-            self.lead -= (self.writer.total() - begin) as i64;
         }
+        let sent = (self.writer.total() - begin) as i64;
+        // Where one has nothing to send, the other takes nothing from it.
+        self.lead = match (is_contest, block_goes) {
+            (false, _) => 0,
+            (true, true) => self.lead.saturating_add(sent),
+            (true, false) => self.lead.saturating_sub(sent),
+        };
         Ok(())
     }
 

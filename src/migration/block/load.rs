@@ -20,7 +20,8 @@ pub struct BlockLoad<'a> {
     /// What the source said last in front of the end.
     percent: u64,
     chunk: Vec<u8>,
-    /// What came and is still to come, as far as it is known; none before the section.
+    /// What came, and the length of the disks it is for; none before the section. What is still to
+    /// come is not known.
     pub stats: Option<DiskStats>,
 }
 
@@ -153,6 +154,9 @@ impl<'a> BlockLoad<'a> {
             // The image may be the source's own.
             super::claim(drive).map_err(Error::Stream)?;
             disk.came = vec![0; drive.chunks().div_ceil(64) as usize];
+            if let Some(stats) = &mut self.stats {
+                stats.total += drive.len();
+            }
         }
         // The last one may be shorter; what is behind it means nothing.
         let len = (drive.len() - offset).min(CHUNK);

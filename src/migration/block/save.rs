@@ -122,6 +122,9 @@ impl<'a> BlockSave<'a> {
                 Err(error) => break Err(error),
             }
         };
+        if writer.is_torn() {
+            return sent;
+        }
         if kind == END && sent.is_ok() {
             self.tell(writer, 100);
         }
