@@ -742,7 +742,12 @@ fn every_command_answers() {
         ("?", "*\nquit|q  -- quit the emulator\n*"),
         ("help help", "help|? [cmd] -- show the help\n"),
         ("help log", "*\nmigration *\n*"),
-        ("info", "info chardev  -- *\ninfo version  -- *\n"),
+        (
+            "info",
+            "info block [-n] [-v] [device] -- *\ninfo version  -- *\n",
+        ),
+        ("info block", ""),
+        ("info blockstats", ""),
         ("info version", &format!("{}\n", env!("CARGO_PKG_VERSION"))),
         ("info name", "guest\n"),
         ("info uuid", &format!("{uuid}\n")),
