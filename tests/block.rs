@@ -4,14 +4,10 @@
 
 mod common;
 
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
-
-use common::beacon::wait_beacons;
-use common::disk::{DiskGuest, drive};
-use common::need::require;
+use common::disk::{DiskGuest, drive, goes_on};
 use common::vmm::Program::{Hmpsh, Qemu7};
-use common::vmm::{Program, Setup, Vmm};
+use common::vmm::{Program, Setup, have};
+use std::os::unix::fs::MetadataExt;
 use tempfile::NamedTempFile;
 
 const MIB: usize = 1 << 20;
@@ -60,17 +56,6 @@ impl Images {
     fn bytes(&self) -> [Vec<u8>; 2] {
         [&self.used, &self.spare].map(|image| std::fs::read(image.path()).unwrap())
     }
-}
-
-fn have(programs: &[Program]) -> bool {
-    programs.iter().all(|program| require(program.needs()))
-}
-
-#[track_caller]
-fn goes_on(hosts: &[&Vmm]) {
-    let logs: Vec<_> = hosts.iter().map(|host| host.log()).collect();
-    let logs: Vec<&Path> = logs.iter().map(|log| log.as_path()).collect();
-    wait_beacons(&logs, 70);
 }
 
 /// From host to host with its disks, each host with images of its own of `len` bytes.

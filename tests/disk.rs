@@ -3,29 +3,12 @@
 
 mod common;
 
-use std::path::Path;
-
-use common::beacon::wait_beacons;
-use common::disk::{DiskGuest, drive};
+use common::disk::{DiskGuest, drive, goes_on};
 use common::hmp::PATIENCE;
 use common::journey::moved;
-use common::need::require;
 use common::poll;
 use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
-use common::vmm::{Program, Setup, Vmm};
-
-/// Whether all programs are there.
-fn have(programs: &[Program]) -> bool {
-    programs.iter().all(|program| require(program.needs()))
-}
-
-/// The guest goes on at the last of `hosts`, for longer than it takes to read everything again.
-#[track_caller]
-fn goes_on(hosts: &[&Vmm]) {
-    let logs: Vec<_> = hosts.iter().map(|host| host.log()).collect();
-    let logs: Vec<&Path> = logs.iter().map(|log| log.as_path()).collect();
-    wait_beacons(&logs, 70);
-}
+use common::vmm::{Program, Setup, have};
 
 /// Boots and reads back what it wrote.
 fn lives(program: Program) {

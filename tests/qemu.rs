@@ -7,11 +7,10 @@ mod common;
 use std::path::Path;
 use std::time::Duration;
 
-use common::beacon::wait_beacons;
-use common::need::require;
+use common::journey::goes_on_for;
 use common::ticks::{BEATS, TICKS, check_rate};
 use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
-use common::vmm::{Program, Setup, Vmm, firmware};
+use common::vmm::{Program, Setup, Vmm, firmware, have};
 
 /// How two machines of a cell are built.
 #[derive(Clone, Copy)]
@@ -59,11 +58,6 @@ impl Shape {
     }
 }
 
-/// Whether both programs are there.
-fn have(programs: &[Program]) -> bool {
-    programs.iter().all(|program| require(program.needs()))
-}
-
 /// Migrates and sees the guest gone.
 #[track_caller]
 fn migrate(source: &mut Vmm, uri: &str) {
@@ -76,9 +70,7 @@ fn migrate(source: &mut Vmm, uri: &str) {
 /// The guest goes on at the last of `hosts` for longer than a walk of its window takes.
 #[track_caller]
 fn goes_on(hosts: &[&Vmm]) {
-    let logs: Vec<_> = hosts.iter().map(|host| host.log()).collect();
-    let logs: Vec<&Path> = logs.iter().map(|log| log.as_path()).collect();
-    wait_beacons(&logs, 15);
+    goes_on_for(hosts, 15);
 }
 
 /// Saves with one program through a pipe and loads with the other, from a pipe or from the file.

@@ -47,8 +47,8 @@ pub enum OpenError {
 }
 
 impl Raw {
-    /// Opens an image, and locks it with `locks` when it is claimed. With `is_guessed` it is looked at first, because nobody has said that it is
-    /// raw, and the guest can not make another format of it by what it writes to its beginning.
+    /// Opens an image; with `locks` it is locked when it is claimed. With `is_guessed` it is looked
+    /// at first, because nobody has said that it is raw, and the guest can not make another format of it by what it writes to its beginning.
     ///
     /// # Errors
     /// It is not there, can not be opened, or is something else.

@@ -17,6 +17,7 @@ use std::sync::Arc;
 
 use crate::block::{Backend, Drive, SECTOR};
 use crate::vm::guest::SectionHeader;
+use crate::vm::memory;
 
 /// Section name.
 pub const IDSTR: &str = "block";
@@ -100,9 +101,9 @@ pub fn check(drives: &[Arc<Drive>], id: &str, len: u64) -> Result<(), String> {
     claim(drive)
 }
 
-/// Comparing a slice with itself, one byte on, is as fast as memory is.
-fn is_zero(bytes: &[u8]) -> bool {
-    bytes.first() == Some(&0) && bytes[1..] == bytes[..bytes.len() - 1]
+/// Whether a chunk is all zero.
+fn is_zero(chunk: &[u8]) -> bool {
+    chunk.as_chunks().0.iter().all(memory::is_zero)
 }
 
 fn header() -> SectionHeader {

@@ -9,8 +9,9 @@ use std::path::Path;
 
 use tempfile::NamedTempFile;
 
+use super::journey::goes_on_for;
 use super::kernel::{Class, pack};
-use super::vmm::{Program, Setup};
+use super::vmm::{Program, Setup, Vmm};
 
 global_asm!(include_str!("disk.s"), options(att_syntax, raw));
 
@@ -57,4 +58,10 @@ impl DiskGuest {
 pub(crate) fn drive(id: &str, image: &Path, more: &str) -> String {
     let image = image.display();
     format!("if=none,id={id},file={image},format=raw{more}")
+}
+
+/// The guest goes on at the last of `hosts`, for longer than it takes to read everything again.
+#[track_caller]
+pub(crate) fn goes_on(hosts: &[&Vmm]) {
+    goes_on_for(hosts, 70);
 }

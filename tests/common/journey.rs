@@ -1,5 +1,8 @@
 //! A guest's way from one host to the next.
 
+use std::path::Path;
+
+use super::beacon::wait_beacons;
 use super::vmm::{Setup, Vmm};
 
 /// Starts `to` as a destination, migrates `from`'s guest there over tcp and sees it gone here and
@@ -18,4 +21,12 @@ pub(crate) fn moved(from: &mut Vmm, to: Setup) -> Vmm {
     });
     assert!(arrived.is_some(), "it did not arrive; {}", dest.said());
     dest
+}
+
+/// The guest goes on at the last of `hosts`, for so many beacons.
+#[track_caller]
+pub(crate) fn goes_on_for(hosts: &[&Vmm], beacons: u64) {
+    let logs: Vec<_> = hosts.iter().map(|host| host.log()).collect();
+    let logs: Vec<&Path> = logs.iter().map(|log| log.as_path()).collect();
+    wait_beacons(&logs, beacons);
 }

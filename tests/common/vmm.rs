@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use super::hmp::{Hmp, PATIENCE};
-use super::need::{Need, qemu};
+use super::need::{Need, qemu, require};
 use super::{beacon, poll};
 
 /// Which program.
@@ -466,4 +466,9 @@ pub(crate) fn firmware(code: &[u8]) -> tempfile::NamedTempFile {
     let file = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(file.path(), bytes).unwrap();
     file
+}
+
+/// Whether all programs are there.
+pub(crate) fn have(programs: &[Program]) -> bool {
+    programs.iter().all(|program| require(program.needs()))
 }

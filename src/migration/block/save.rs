@@ -15,7 +15,6 @@ use crate::migration::Error;
 use crate::migration::clock::Clock;
 use crate::migration::dialect::Dialect;
 use crate::migration::section::{END, PART, START, put_cstr, put_header, put_piece};
-use crate::migration::stats::DiskStats;
 use crate::migration::stream::Writer;
 
 /// The live section `block`.
@@ -72,6 +71,8 @@ impl<'a> BlockSave<'a> {
             self.dialect.put_footer(SECTION_ID, to);
         });
         writer.mark();
+        let disk = writer.progress.disk.get_or_insert_default();
+        disk.total = self.disks.iter().map(|disk| disk.drive.len()).sum();
         self.note(writer);
     }
 
@@ -213,9 +214,7 @@ impl<'a> BlockSave<'a> {
     }
 
     fn note(&self, writer: &mut Writer<'a>) {
-        let disk: &mut DiskStats = writer.progress.disk.get_or_insert_default();
-        disk.remaining = self.pending();
-        disk.total = self.disks.iter().map(|disk| disk.drive.len()).sum();
+        writer.progress.disk.get_or_insert_default().remaining = self.pending();
     }
 }
 

@@ -46,7 +46,7 @@ impl Reader {
     }
 
     /// How far to read ahead, up to what the buffer holds: where [`Self::bulk`] will be called, what
-    /// is in the buffer by then is copied once more.
+    /// is in the buffer by then is copied once more. A page it is at least, for [`Self::page`].
     pub fn set_ahead(&mut self, ahead: usize) {
         self.ahead = ahead.clamp(PAGE_SIZE, BUFFER);
     }
@@ -182,7 +182,6 @@ impl Reader {
             self.buffer.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);
         }
-        // A page must fit in any case.
         let limit = BUFFER.min(self.end + self.ahead);
         let mut rooms = [In::from(&mut self.buffer[self.end..limit])];
         let n = receive(&mut *self.channel, &mut rooms, self.patience)?;
