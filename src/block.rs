@@ -10,7 +10,7 @@ mod stats;
 
 use std::io;
 
-pub use self::drive::{CHUNK, Drive};
+pub use self::drive::{CHUNK, Drive, Fault};
 pub use self::lock::LockError;
 #[cfg(test)]
 pub(crate) use self::memory::{Memory, words};

@@ -107,8 +107,39 @@ pub struct DiskConfig {
     pub slot: usize,
     /// `serial=`, what the guest reads as the disk's serial number; at most 20 bytes are seen.
     pub serial: String,
+    /// `rerror=`, `werror=`: what becomes of reads that fail, and of writes and flushes.
+    pub on_error: [OnError; 2],
     /// The option that asked for it, as it was typed, for messages.
     pub option: String,
+}
+
+/// What becomes of a request that the host can not execute.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnError {
+    /// The guest is told.
+    Report,
+    /// The guest is told that all is well.
+    Ignore,
+    /// The guest stops; when it runs again the request is executed again.
+    Stop,
+    /// As [`Self::Stop`] if there is no room on the host, else as [`Self::Report`].
+    Enospc,
+}
+
+impl OnError {
+    /// Of reads, and of writes, if nothing was said.
+    pub const DEFAULT: [Self; 2] = [Self::Report, Self::Enospc];
+
+    /// As options name it.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "report" => Self::Report,
+            "ignore" => Self::Ignore,
+            "stop" => Self::Stop,
+            "enospc" => Self::Enospc,
+            _ => return None,
+        })
+    }
 }
 
 impl MachineConfig {

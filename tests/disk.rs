@@ -3,12 +3,14 @@
 
 mod common;
 
+use std::process::Command;
+
 use common::disk::{DiskGuest, drive, goes_on};
 use common::hmp::PATIENCE;
 use common::journey::moved;
 use common::poll;
 use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
-use common::vmm::{Program, Setup, have};
+use common::vmm::{Program, Setup, Vmm, have};
 
 /// Boots and reads back what it wrote.
 fn lives(program: Program) {
@@ -105,9 +107,10 @@ fn takes_no_writes(program: Program) {
     assert!(image.iter().all(|byte| *byte == 0));
 }
 
-/// QEMU stops a guest whose disk is full, and sends the request with it: it is executed here.
-fn kept_by(from: Program) {
-    if !have(&[from, Hmpsh]) {
+/// QEMU stops a guest whose disk is full, and sends the request with it: it is executed here, or
+/// further on.
+fn kept_by(from: Program, hosts: &[Program]) {
+    if !have(&[&[from], hosts].concat()) {
         return;
     }
     let guest = DiskGuest::new();
@@ -116,24 +119,95 @@ fn kept_by(from: Program) {
     std::fs::write(fault.path(), rule).unwrap();
     let (fault, image) = (fault.path().display(), guest.image.path().display());
     let drive = format!("if=none,id=d0,file=blkdebug:{fault}:{image},format=raw,werror=stop");
-    let mut source = guest.setup_on(from, &drive).start();
-    source.wait_status("paused (io-error)");
+    let mut vms = vec![guest.setup_on(from, &drive).start()];
+    for host in hosts {
+        let source = vms.last_mut().unwrap();
+        source.wait_status("paused (io-error)");
+        let dest = saved_and_loaded(source, guest.setup(*host));
+        vms.push(dest);
+    }
+    let last = vms.last_mut().unwrap();
+    last.wait_status("paused (io-error)");
+    last.quiet("cont");
+    goes_on(&vms.iter().collect::<Vec<_>>());
+}
+
+/// A guest at rest goes through a file.
+fn saved_and_loaded(source: &mut Vmm, setup: Setup) -> Vmm {
     let file = source.path("saved");
     let file = file.display();
     source.command(&format!("migrate \"exec:cat > {file}\""));
     source.wait_migration("completed");
-    let incoming = format!("exec:cat {file}");
-    let mut dest = guest.setup(Hmpsh).incoming(&incoming).start();
-    dest.wait_status("paused (io-error)");
-    // What nobody has executed can not be handed on.
-    dest.command("migrate \"exec:cat > /dev/null\"");
-    let state = dest.wait_migration("failed");
-    assert!(
-        state.contains("came here with requests under way"),
-        "{state}"
-    );
-    dest.quiet("cont");
-    goes_on(&[&source, &dest]);
+    setup.incoming(&format!("exec:cat {file}")).start()
+}
+
+/// A file system of its own.
+struct SmallDisk {
+    place: tempfile::TempDir,
+}
+
+impl SmallDisk {
+    fn new(options: &str) -> Self {
+        let place = tempfile::tempdir().unwrap();
+        let disk = Self { place };
+        disk.mount(options);
+        disk
+    }
+
+    fn mount(&self, options: &str) {
+        let place = self.place.path();
+        let mut mount = Command::new("mount");
+        let mount = mount
+            .args(["-t", "tmpfs", "-o", options, "none"])
+            .arg(place);
+        assert!(mount.status().unwrap().success());
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let place = self.place.path();
+        let _ = Command::new("umount").arg("-l").arg(place).status();
+    }
+}
+
+/// A host without room stops the guest; with room it goes on, here or elsewhere.
+fn full(to: Option<Program>) {
+    if !have(&[Hmpsh, Qemu7]) {
+        return;
+    }
+    if !rustix::process::geteuid().is_root() {
+        println!("skipped: only root can make a small file system");
+        return;
+    }
+    let guest = DiskGuest::new();
+    let small = SmallDisk::new("size=32k");
+    let image = small.place.path().join("disk");
+    let file = std::fs::File::create(&image).unwrap();
+    file.set_len(1 << 20).unwrap();
+    let drive = drive("d0", &image, "");
+    let mut vm = guest.setup_on(Hmpsh, &drive).start();
+    vm.wait_status("paused (io-error)");
+    let here = without_digits(&vm.command("info block"));
+    assert!(here.contains("    I/O status:       nospace\n"), "{here}");
+    vm.quiet("cont");
+    vm.wait_status("paused (io-error)");
+    let mut vms = vec![vm];
+    if let Some(to) = to {
+        let setup = guest.setup_on(to, &drive);
+        let dest = saved_and_loaded(&mut vms[0], setup);
+        vms.push(dest);
+        vms[1].wait_status("paused (io-error)");
+        vms[1].quiet("cont");
+        vms[1].wait_status("paused (io-error)");
+        assert_eq!(without_digits(&vms[1].command("info block")), here);
+    }
+    small.mount("remount,size=2m");
+    let last = vms.last_mut().unwrap();
+    last.quiet("cont");
+    last.wait_status("running");
+    assert!(!last.command("info block").contains("I/O status"));
+    goes_on(&vms.iter().collect::<Vec<_>>());
 }
 
 /// Disks in three slots, one of which is read-only, arrive whatever the program.
@@ -320,15 +394,18 @@ fn shown_as_by(program: Program) {
             "info blockstats",
         ]
         .map(|line| vm.command(line));
-        answers.map(|text| {
-            let mut parts = text.split("#block");
-            let first = parts.next().unwrap_or_default().to_owned();
-            parts.fold(first, |text, part| {
-                text + "#block" + part.trim_start_matches(|letter: char| letter.is_ascii_digit())
-            })
-        })
+        answers.map(|text| without_digits(&text))
     };
     assert_eq!(answers(Hmpsh), answers(program));
+}
+
+/// Without the digits of nodes' names, which are random.
+fn without_digits(text: &str) -> String {
+    let mut parts = text.split("#block");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |text, part| {
+        text + "#block" + part.trim_start_matches(|letter: char| letter.is_ascii_digit())
+    })
 }
 
 #[test]
@@ -408,6 +485,10 @@ cells! {
     locked_by_hmpsh_against_7_2: locks(Hmpsh, Qemu7);
     locked_by_7_2: locks(Qemu7, Hmpsh);
     locked_by_10_0: locks(Qemu10, Hmpsh);
-    requests_kept_by_7_2: kept_by(Qemu7);
-    requests_kept_by_10_0: kept_by(Qemu10);
+    requests_kept_by_7_2: kept_by(Qemu7, &[Hmpsh]);
+    requests_kept_by_7_2_go_on_to_7_2: kept_by(Qemu7, &[Hmpsh, Qemu7]);
+    requests_kept_by_10_0_go_on_to_10_0: kept_by(Qemu10, &[Hmpsh, Hmpsh, Qemu10]);
+    a_full_host_stops_the_guest: full(None);
+    a_full_host_stops_the_guest_at_7_2_too: full(Some(Qemu7));
+    a_full_host_stops_the_guest_at_10_0_too: full(Some(Qemu10));
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use common::need::{Need, require};
 use common::poll;
 use hmpsh::config::{
-    Accel, BackendKind, Boot, Chips, DiskConfig, DriveConfig, MachineConfig, MemoryBackend,
+    Accel, BackendKind, Boot, Chips, DiskConfig, DriveConfig, MachineConfig, MemoryBackend, OnError,
 };
 use hmpsh::vm::guest::Guest;
 use hmpsh::vm::machine::Machine;
@@ -41,6 +41,7 @@ fn config(accel: Accel, kind: BackendKind, image: &Path) -> MachineConfig {
             drive: 0,
             slot: 7,
             serial: String::new(),
+            on_error: OnError::DEFAULT,
             option: String::new(),
         }],
         memory_backend: Some(MemoryBackend {

@@ -14,6 +14,34 @@ pub struct Drive {
     image: Box<dyn Backend>,
     log: Mutex<Option<BTreeSet<u64>>>,
     stats: Stats,
+    fault: Mutex<Option<Fault>>,
+}
+
+/// Why a guest was stopped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// There was no room on the host.
+    NoSpace,
+    /// Anything else.
+    Failed,
+}
+
+impl Fault {
+    /// What an error means.
+    pub fn of(error: &io::Error) -> Self {
+        match error.kind() {
+            io::ErrorKind::StorageFull => Self::NoSpace,
+            _ => Self::Failed,
+        }
+    }
+
+    /// QEMU's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::NoSpace => "nospace",
+            Self::Failed => "failed",
+        }
+    }
 }
 
 impl Drive {
@@ -24,7 +52,18 @@ impl Drive {
             image,
             log: Mutex::default(),
             stats: Stats::default(),
+            fault: Mutex::default(),
         }
+    }
+
+    /// Why it has stopped the guest, which has not run since.
+    pub fn fault(&self) -> Option<Fault> {
+        *self.fault.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The guest stops because of that, or it runs again.
+    pub fn set_fault(&self, fault: Option<Fault>) {
+        *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = fault;
     }
 
     /// The image itself, for whoever is not to be counted. Writes to it are not noted either.

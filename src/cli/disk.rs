@@ -4,7 +4,7 @@ use super::Error;
 use super::draft::Draft;
 use super::keyval::KeyVal;
 use super::memory::check_id;
-use crate::config::{DiskConfig, DriveConfig, SLOTS};
+use crate::config::{DiskConfig, DriveConfig, OnError, SLOTS};
 use crate::units::parse_switch;
 
 type Answer = Result<(), String>;
@@ -14,6 +14,7 @@ type Answer = Result<(), String>;
 pub(super) struct DriveDraft {
     interface: Interface,
     drive: DriveConfig,
+    on_error: [OnError; 2],
 }
 
 /// A `-device`.
@@ -26,6 +27,8 @@ pub(super) struct DeviceDraft {
     /// `bus=`.
     slot: Option<usize>,
     serial: String,
+    /// `rerror=`, `werror=`, where they are not what the drive says.
+    on_error: [Option<OnError>; 2],
 }
 
 /// What a drive is connected to by itself.
@@ -90,6 +93,14 @@ pub(super) fn drive(draft: &mut Draft, value: &str) -> Answer {
                 .ok_or_else(|| "Parameter 'read-only' expects 'on' or 'off'".to_owned())?;
         }
     }
+    let mut on_error = OnError::DEFAULT;
+    for (policy, (key, side)) in on_error.iter_mut().zip(POLICIES) {
+        if let Some(value) = list.take(key) {
+            *policy = OnError::from_name(&value)
+                .filter(|policy| side == "write" || *policy != OnError::Enospc)
+                .ok_or_else(|| format!("'{value}' invalid {side} error action"))?;
+        }
+    }
     let file = list.take("file").unwrap_or_default();
     list.refuse(&OTHER_DRIVE_OPTIONS)?;
     if let Some((key, value)) = list.rest().next() {
@@ -117,6 +128,7 @@ pub(super) fn drive(draft: &mut Draft, value: &str) -> Answer {
             locks,
             option: draft.option.clone(),
         },
+        on_error,
     });
     Ok(())
 }
@@ -152,6 +164,15 @@ pub(super) fn device(draft: &mut Draft, value: &str) -> Answer {
     let slot = list.take("bus").map(|bus| slot_of(&bus)).transpose()?;
     let serial = list.take("serial").unwrap_or_default();
     let drive = list.take("drive").unwrap_or_default();
+    let mut on_error = [None; 2];
+    for (policy, (key, _)) in on_error.iter_mut().zip(POLICIES) {
+        *policy = match list.take(key).as_deref() {
+            None | Some("auto") => None,
+            Some(value) => Some(OnError::from_name(value).ok_or_else(|| {
+                format!("Parameter '{DISK}.{key}' does not accept value '{value}'")
+            })?),
+        };
+    }
     list.refuse(&OTHER_DISK_PROPERTIES)?;
     if let Some((key, _)) = list.rest().next() {
         return Err(format!("Property '{DISK}.{key}' not found"));
@@ -165,6 +186,7 @@ pub(super) fn device(draft: &mut Draft, value: &str) -> Answer {
         drive,
         slot,
         serial,
+        on_error,
     });
     Ok(())
 }
@@ -202,11 +224,14 @@ pub(super) fn connect(draft: &mut Draft) -> Result<(Vec<DriveConfig>, Vec<DiskCo
             )));
         }
         let slot = free_slot(&disks, device.slot).map_err(refused)?;
+        let [read, write] = drives[drive].on_error;
+        let [own_read, own_write] = device.on_error;
         disks.push(DiskConfig {
             id: device.id,
             drive,
             slot,
             serial: device.serial,
+            on_error: [own_read.unwrap_or(read), own_write.unwrap_or(write)],
             option: device.option,
         });
     }
@@ -224,6 +249,7 @@ pub(super) fn connect(draft: &mut Draft) -> Result<(Vec<DriveConfig>, Vec<DiskCo
             drive,
             slot: free_slot(&disks, None).map_err(refused)?,
             serial: String::new(),
+            on_error: wanted.on_error,
             option: wanted.drive.option.clone(),
         });
     }
@@ -243,6 +269,9 @@ fn free_slot(disks: &[DiskConfig], wanted: Option<usize>) -> Result<usize, Strin
     }
 }
 
+/// Options that say what becomes of requests that fail, and of which.
+const POLICIES: [(&str, &str); 2] = [("rerror", "read"), ("werror", "write")];
+
 /// The one device there is.
 const DISK: &str = "virtio-blk-device";
 
@@ -257,25 +286,24 @@ const FORMATS: [&str; 36] = [
 
 /// Options of a drive that QEMU has and this version does not build.
 #[rustfmt::skip]
-const OTHER_DRIVE_OPTIONS: [&str; 33] = [
+const OTHER_DRIVE_OPTIONS: [&str; 31] = [
     "aio", "auto-read-only", "bps", "bps_max", "bps_rd", "bps_wr", "bus", "copy-on-read",
     "detect-zeroes", "discard", "force-share", "group", "index", "iops", "iops_max", "iops_rd",
-    "iops_size", "iops_wr", "locking", "node-name", "offset", "rerror", "serial", "size",
-    "snapshot", "stats-account-failed", "stats-account-invalid", "unit", "werror", "cache.direct",
-    "cache.no-flush", "cache.writeback", "format.name",
+    "iops_size", "iops_wr", "locking", "node-name", "offset", "serial", "size", "snapshot",
+    "stats-account-failed", "stats-account-invalid", "unit", "cache.direct", "cache.no-flush",
+    "cache.writeback", "format.name",
 ];
 
 /// Properties of the disk that QEMU has and this version does not build.
 #[rustfmt::skip]
-const OTHER_DISK_PROPERTIES: [&str; 38] = [
+const OTHER_DISK_PROPERTIES: [&str; 36] = [
     "account-failed", "account-invalid", "any_layout", "backend_defaults", "bootindex",
     "config-wce", "cyls", "discard", "discard_granularity", "event_idx", "heads",
     "indirect_desc", "iommu_platform", "iothread", "iothread-vq-mapping", "lcyls", "lheads",
     "logical_block_size", "lsecs", "max-discard-sectors", "max-write-zeroes-sectors",
     "min_io_size", "notify_on_empty", "num-queues", "opt_io_size", "packed",
     "physical_block_size", "queue-size", "queue_reset", "report-discard-granularity",
-    "request-merging", "rerror", "scsi", "secs", "seg-max-adjust", "share-rw", "werror",
-    "write-zeroes",
+    "request-merging", "scsi", "secs", "seg-max-adjust", "share-rw", "write-zeroes",
 ];
 
 /// Devices of QEMU's microvm that this version does not build.
@@ -335,6 +363,25 @@ mod tests {
     }
 
     #[test]
+    fn what_becomes_of_errors_is_the_disks_or_the_drives_wish() {
+        use crate::config::OnError::{Enospc, Ignore, Report, Stop};
+        let policy = |line: &str| config(line).machine.disks[0].on_error;
+        let d0 = "-drive id=d0,file=a,format=raw";
+        let blk = "-device virtio-blk-device,drive=d0";
+        for (line, wanted) in [
+            (d0.to_owned(), [Report, Enospc]),
+            (format!("{d0},werror=stop,rerror=ignore"), [Ignore, Stop]),
+            (
+                format!("{d0},werror=stop {blk},rerror=stop,werror=auto"),
+                [Stop, Stop],
+            ),
+            (format!("{d0},werror=stop {blk},werror=report"), [Report; 2]),
+        ] {
+            assert_eq!(policy(&line), wanted, "{line}");
+        }
+    }
+
+    #[test]
     fn what_does_not_fit_is_refused_in_qemus_words() {
         let d0 = "-drive if=none,id=d0,file=a,format=raw";
         let blk = "-device virtio-blk-device";
@@ -362,6 +409,15 @@ mod tests {
             (
                 format!("{d0},bar=foo"),
                 "Block format 'raw' does not support the option 'bar'",
+            ),
+            (format!("{d0},werror=x"), "'x' invalid write error action"),
+            (
+                format!("{d0},rerror=enospc"),
+                "'enospc' invalid read error action",
+            ),
+            (
+                format!("{d0} {blk},drive=d0,rerror=x"),
+                "Parameter 'virtio-blk-device.rerror' does not accept value 'x'",
             ),
             (format!("{d0},format=foo"), "Unknown driver 'foo'"),
             (

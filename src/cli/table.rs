@@ -156,8 +156,10 @@ pub(super) const OPTIONS: &[Row] = &[
         "FILE is a raw image or a block device; without format=raw it is looked at, and its first \
          sector can not be made to look like another format. Properties: id=ID, \
          if=none|virtio, readonly=on|off, cache=writeback, file.locking=auto|on|off (whether an \
-         image that a disk uses is locked against others, as QEMU does it; on unless off), media=disk. With if=virtio, or without if= when no -device \
-         names it, the drive gets a disk of its own, as -device virtio-blk-device makes it.",
+         image that a disk uses is locked against others, as QEMU does it; on unless off), media=disk, rerror=report|ignore|stop, werror=enospc|report|ignore|stop (what \
+         becomes of a request that the host fails: the guest is told, or told that all is well, or \
+         stops until `cont`; enospc is stop for a full host, else report, and werror's default). \
+         With if=virtio, or without if= when no -device names it, the drive gets a disk of its own, as -device virtio-blk-device makes it.",
         disk::drive,
     ),
     takes(
@@ -165,7 +167,8 @@ pub(super) const OPTIONS: &[Row] = &[
         "virtio-blk-device,drive=ID[,prop=value...]",
         "give the guest a disk",
         "Properties: id=ID, bus=virtio-mmio-bus.N (the default is the last of the eight slots \
-         that is free), serial=STRING (what the guest reads as the disk's serial number).",
+         that is free), serial=STRING (what the guest reads as the disk's serial number), \
+         rerror= and werror= as -drive has them, or auto: as the drive says.",
         disk::device,
     ),
     takes(

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{Control, Error};
-use crate::block::{Backend, Drive, Operations};
+use crate::block::{Backend, Drive, Fault, Operations};
 use crate::chardev::Ringbuf;
 use crate::vm::guest::Guest;
 use crate::vm::machine::{MapEntry, Registers};
@@ -58,6 +58,8 @@ pub struct DriveInfo {
     pub is_read_only: bool,
     /// The disk that uses it.
     pub disk: Option<String>,
+    /// Why it has stopped the guest, in QEMU's word.
+    pub fault: Option<&'static str>,
     /// Bytes that a disk sees.
     pub len: u64,
     /// Bytes that it takes on the host.
@@ -91,6 +93,7 @@ impl Control {
             format: drive.image().format(),
             is_read_only: drive.is_read_only(),
             disk: config.disk_of(index),
+            fault: drive.fault().map(Fault::name),
             len: drive.len(),
             allocated: drive.image().allocated(),
         };

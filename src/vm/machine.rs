@@ -315,10 +315,7 @@ impl Parts<'_> {
                 }
             })
         })?;
-        let (itself, reports) = (Arc::clone(self.itself), Arc::clone(self.reports));
-        let reporter: Reporter =
-            Arc::new(move |report| power::accept(&reports, itself.get(), report));
-        let kvm = bare.populate(self.model, u32::from(self.vcpus), &bus, &reporter)?;
+        let kvm = bare.populate(self.model, u32::from(self.vcpus), &bus, &self.reporter())?;
         Ok((Accel::Kvm(Box::new(kvm)), Some(vm), bus))
     }
 
@@ -328,6 +325,12 @@ impl Parts<'_> {
         Ok((accel, None, bus))
     }
 
+    /// Who is told what vCPUs and disks report.
+    fn reporter(&self) -> Reporter {
+        let (itself, reports) = (Arc::clone(self.itself), Arc::clone(self.reports));
+        Arc::new(move |report| power::accept(&reports, itself.get(), report))
+    }
+
     /// The devices, each with the interrupt line that `line` makes of a number.
     fn bus(
         &self,
@@ -335,7 +338,14 @@ impl Parts<'_> {
         vm: Option<&accel::SharedVm>,
         line: &dyn Fn(u32) -> IrqLine,
     ) -> Result<Arc<Bus>, Error> {
-        let disks = disks::make(self.config, self.drives, self.map, vm, line)?;
+        let disks = disks::make(
+            self.config,
+            self.drives,
+            self.map,
+            vm,
+            line,
+            &self.reporter(),
+        )?;
         let [low_ram, high_ram] = self.map.ram();
         let rtc = || {
             Rtc::new(low_ram, high_ram, line(rtc::IRQ)).map_err(|source| Error::System {

@@ -17,13 +17,16 @@ use super::device::bus::Bus;
 use super::guest::Error;
 use super::kvm::{self, Exit, Kickable};
 
-/// What a vCPU tells its machine, from its own thread; it rests until it is resumed.
+/// What a vCPU tells its machine, from its own thread; it rests until it is resumed. Or a disk, of
+/// whose requests none is executed until then.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Report {
     /// The guest shut down (triple fault).
     Shutdown,
     /// KVM can not go on.
     Failed(String),
+    /// A disk's request failed, and the guest is to stop.
+    IoError,
 }
 
 /// Told of reports; must not wait for any vCPU.

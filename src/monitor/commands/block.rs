@@ -42,6 +42,9 @@ fn blocks(drives: &[DriveInfo], wanted: Option<&str>, is_verbose: bool) -> Strin
             Some(disk) => line(&mut text, &format!("    Attached to:      {disk}")),
             None => line(&mut text, "    Removable device: not locked, tray closed"),
         }
+        if let Some(fault) = drive.fault {
+            line(&mut text, &format!("    I/O status:       {fault}"));
+        }
         line(&mut text, "    Cache mode:       writeback");
         if is_verbose {
             details(&mut text, drive.format, drive);
@@ -150,6 +153,7 @@ mod tests {
             format: "raw",
             is_read_only: node == 3,
             disk: disk.map(str::to_owned),
+            fault: None,
             len: 5 << 20,
             allocated: 0,
         };

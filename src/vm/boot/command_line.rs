@@ -23,6 +23,7 @@ pub(super) fn with_disks(text: &str, disks: &[DiskConfig]) -> String {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::config::OnError;
 
     pub(in crate::vm::boot) fn disk(slot: usize) -> DiskConfig {
         DiskConfig {
@@ -30,6 +31,7 @@ pub(super) mod tests {
             drive: 0,
             slot,
             serial: String::new(),
+            on_error: OnError::DEFAULT,
             option: String::new(),
         }
     }

@@ -10,6 +10,7 @@ mod registers;
 mod request;
 mod ring;
 pub(crate) mod section;
+mod worker;
 
 use std::sync::Arc;
 

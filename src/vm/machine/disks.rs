@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use kvm_ioctls::IoEventAddress;
 
-use crate::block::{Backend, Drive, Raw};
+use crate::block::{Backend, Drive, Fault, Raw};
 use crate::config::{DriveConfig, MachineConfig};
 use crate::vm::accel::SharedVm;
 use crate::vm::device::bus::IrqLine;
@@ -12,6 +12,7 @@ use crate::vm::device::virtio::Disk;
 use crate::vm::device::virtio::disk::Parts;
 use crate::vm::guest::Error;
 use crate::vm::map::Map;
+use crate::vm::vcpu::{Report, Reporter};
 
 /// Opens every drive, used by a disk or not.
 pub(super) fn open_drives(config: &MachineConfig) -> Result<Vec<Arc<Drive>>, Error> {
@@ -30,6 +31,7 @@ pub(super) fn make(
     map: &Arc<Map>,
     vm: Option<&SharedVm>,
     line: &dyn Fn(u32) -> IrqLine,
+    stop: &Reporter,
 ) -> Result<Vec<Arc<Disk>>, Error> {
     let mut disks = Vec::new();
     for wanted in &config.disks {
@@ -42,6 +44,8 @@ pub(super) fn make(
             image: Arc::clone(drive) as _,
             map: Arc::clone(map),
             irq: line(wanted.gsi()),
+            on_error: wanted.on_error,
+            stop: on_fault(Arc::clone(drive), Arc::clone(stop)),
         })?;
         if let Some(vm) = vm {
             let (address, kick) = disk.doorbell();
@@ -54,6 +58,23 @@ pub(super) fn make(
         disks.push(disk);
     }
     Ok(disks)
+}
+
+/// Notes on the drive why the guest is to stop, and has it stopped.
+fn on_fault(drive: Arc<Drive>, stop: Reporter) -> Box<dyn Fn(Fault) + Send + Sync> {
+    Box::new(move |fault| {
+        log::warn!(
+            "Disk '{}' failed, and the guest stops: `cont` tries again",
+            drive.id()
+        );
+        drive.set_fault(Some(fault));
+        stop(Report::IoError);
+    })
+}
+
+/// The guest runs again: what failed is tried again.
+pub(super) fn forget_faults(attached: &[Attached]) {
+    attached.iter().for_each(|(drive, _)| drive.set_fault(None));
 }
 
 /// A drive that a disk uses, and the option that asked for it.

@@ -77,6 +77,7 @@ impl Machine {
 
     fn start_locked(&self) -> Result<(), Error> {
         disks::claim(&self.attached)?;
+        disks::forget_faults(&self.attached);
         self.resume()?;
         self.set_run_state(RunState::Running);
         (self.events)(Event::Resume);
@@ -98,7 +99,8 @@ impl Machine {
         self.set_run_state(state);
         (self.events)(Event::Stop);
         match self.reports.take() {
-            None => Ok(before),
+            // The request that failed is executed when the guest runs again, as it would be.
+            None | Some(Report::IoError) => Ok(before),
             Some(Report::Shutdown) if self.reboots.load(Ordering::SeqCst) => {
                 self.load_reset().map(|()| before)
             }
@@ -124,8 +126,8 @@ impl Machine {
         self.accel.restore(state.into_reset())
     }
 
-    /// A vCPU rests because the guest reset itself, or because KVM can not go on; serves that
-    /// unless somebody has.
+    /// A vCPU rests because the guest reset itself, or because KVM can not go on, or a disk does
+    /// because a request failed; serves that unless somebody has.
     fn serve_report(&self) -> Result<(), Error> {
         let _lifecycle = self.lock_lifecycle();
         match self.reports.take() {
@@ -143,6 +145,10 @@ impl Machine {
     /// Enters the state of a machine at rest that can not go on, tells of it, and says why.
     fn end(&self, report: Report) -> String {
         match report {
+            Report::IoError => {
+                self.set_run_state(RunState::IoError);
+                "a disk's request failed".to_owned()
+            }
             Report::Shutdown => {
                 self.set_run_state(RunState::Shutdown);
                 (self.events)(Event::Shutdown("guest-reset".to_owned()));
@@ -235,19 +241,20 @@ impl Machine {
     }
 }
 
-/// What vCPUs have reported and nobody has served yet.
+/// What vCPUs and disks have reported and nobody has served yet.
 #[derive(Default)]
 pub(super) struct Reports {
     pending: Mutex<Option<Report>>,
 }
 
 impl Reports {
-    /// Notes a report, on the vCPU's thread, before that vCPU counts as resting. A second one
-    /// adds nothing, unless it is a failure.
+    /// Notes a report, on the vCPU's or the disk's thread, before that counts as resting. Of two
+    /// the graver one counts.
     fn note(&self, report: Report) {
         let mut pending = self.lock();
-        if pending.is_none() || report != Report::Shutdown {
-            *pending = Some(report);
+        match (&*pending, &report) {
+            (Some(Report::Failed(_)), _) | (Some(Report::Shutdown), Report::IoError) => {}
+            _ => *pending = Some(report),
         }
     }
 
@@ -260,7 +267,7 @@ impl Reports {
     }
 }
 
-/// Takes a vCPU's report on its own thread and has it served on another: a machine waits for its
+/// Takes a vCPU's or a disk's report on its own thread and has it served on another: a machine waits for its
 /// vCPUs, and so does its end.
 pub(super) fn accept(reports: &Reports, machine: Option<&Weak<Machine>>, report: Report) {
     reports.note(report);
@@ -279,6 +286,6 @@ pub(super) fn accept(reports: &Reports, machine: Option<&Weak<Machine>>, report:
         .spawn(serve)
     {
         // The report stays pending; the next stop serves it.
-        log::error!("could not start a thread for a vCPU's report: {error}");
+        log::error!("could not start a thread for a report: {error}");
     }
 }

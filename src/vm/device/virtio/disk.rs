@@ -1,21 +1,20 @@
-//! A disk in a slot: registers for vCPUs, and a thread that does what the ring says.
+//! A disk in a slot: registers for vCPUs, and its state. `worker` does what the ring says.
 //!
-//! The thread holds the device while it works through the ring, and lets go of it between two
-//! requests when somebody else wants it. A vCPU that only wants to know why it was interrupted
-//! does not wait for requests: interrupt status has a lock of its own.
+//! Nobody holds the device while a request is executed, so registers answer at once. Who changes
+//! what requests stand on (a reset, a stop, a state that is loaded) waits until none is under way.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::registers::{self, Register, Registers};
-use super::request::{Scratch, Target};
-use super::ring::{Broken, Chain, Queue, Ring};
+use super::ring::{Broken, Queue, Ring};
 use super::section::State;
+use super::worker::Crew;
 use super::{CONFIG_WCE, FLUSH, OFFERED, RO, SLOT_BYTES, SLOTS_BASE, config, status};
-use crate::block::Backend;
+use crate::block::{Backend, Fault};
+use crate::config::OnError;
 use crate::vm::device::bus::IrqLine;
 use crate::vm::guest::Error;
 use crate::vm::map::Map;
@@ -23,7 +22,6 @@ use crate::vm::map::Map;
 /// The device.
 pub(crate) struct Disk {
     shared: Arc<Shared>,
-    worker: Option<JoinHandle<()>>,
 }
 
 /// What a disk is made of.
@@ -38,38 +36,50 @@ pub(crate) struct Parts {
     pub(crate) map: Arc<Map>,
     /// Its interrupt line.
     pub(crate) irq: IrqLine,
+    /// What becomes of reads that fail, and of writes and flushes.
+    pub(crate) on_error: [OnError; 2],
+    /// Told that the guest is to stop because a request failed. Must not wait for the disk.
+    pub(crate) stop: Box<dyn Fn(Fault) + Send + Sync>,
 }
 
-struct Shared {
-    slot: usize,
-    serial: String,
-    image: Arc<dyn Backend>,
-    map: Arc<Map>,
+/// What vCPUs and workers share.
+pub(super) struct Shared {
+    pub(super) slot: usize,
+    pub(super) serial: String,
+    pub(super) image: Arc<dyn Backend>,
+    pub(super) map: Arc<Map>,
     offered: u64,
+    pub(super) on_error: [OnError; 2],
+    pub(super) stop: Box<dyn Fn(Fault) + Send + Sync>,
     core: Mutex<Core>,
-    /// How many want the core while the worker may have it.
-    visitors: AtomicU32,
+    /// Nothing is under way any more.
+    rest: Condvar,
     line: Mutex<Line>,
     irq: IrqLine,
-    kick: EventFd,
-    has_ended: AtomicBool,
+    pub(super) kick: EventFd,
+    pub(super) has_ended: AtomicBool,
+    pub(super) crew: Crew,
 }
 
-/// What the worker holds while it works.
-struct Core {
-    registers: Registers,
+/// The device as registers and ring show it.
+pub(super) struct Core {
+    pub(super) registers: Registers,
     config: Vec<u8>,
-    ring: Ring,
+    pub(super) ring: Ring,
     entries: u32,
-    retries: Vec<u16>,
-    is_broken: bool,
-    is_started: bool,
-    is_disabled: bool,
+    /// First descriptors of requests that were taken and are still to be executed; the last one is
+    /// the next.
+    pub(super) retries: Vec<u16>,
+    pub(super) is_broken: bool,
+    pub(super) is_started: bool,
+    pub(super) is_disabled: bool,
     /// What is written may stay in the host's cache until the guest flushes.
-    has_cache: bool,
-    is_running: bool,
-    /// The worker has let go with requests left in the ring.
-    is_left: bool,
+    pub(super) has_cache: bool,
+    pub(super) is_running: bool,
+    /// Requests being executed.
+    pub(super) under_way: usize,
+    /// How many wait until none is: no other is taken from the ring.
+    pub(super) waiting: usize,
 }
 
 /// The interrupt line.
@@ -102,22 +112,18 @@ impl Disk {
             image: parts.image,
             map: parts.map,
             offered,
+            on_error: parts.on_error,
+            stop: parts.stop,
             core: Mutex::new(Core::new(State::at_reset(offered), None)),
-            visitors: AtomicU32::new(0),
+            rest: Condvar::new(),
             line: Mutex::default(),
             irq: parts.irq,
             kick: EventFd::new(libc::EFD_CLOEXEC).map_err(failed)?,
             has_ended: AtomicBool::new(false),
+            crew: Crew::default(),
         });
-        let its = Arc::clone(&shared);
-        let worker = std::thread::Builder::new()
-            .name(format!("disk {}", parts.slot))
-            .spawn(move || its.work())
-            .map_err(failed)?;
-        Ok(Arc::new(Self {
-            shared,
-            worker: Some(worker),
-        }))
+        shared.hire().map_err(failed)?;
+        Ok(Arc::new(Self { shared }))
     }
 
     /// Number of its slot.
@@ -141,11 +147,8 @@ impl Disk {
     /// The guest starts or stops. A stopped one's requests under way are finished first; what
     /// waits in the ring stays there.
     pub(crate) fn set_running(&self, is_running: bool) {
-        self.shared.visit(|core| core.is_running = is_running);
-        if is_running {
-            // A kick may have been lost on the way here.
-            self.shared.kick();
-        }
+        // A kick may have been lost on the way here: this one follows.
+        self.shared.at_rest(|core| core.is_running = is_running);
     }
 
     /// State of a disk at rest at power on, to load a section into.
@@ -156,29 +159,25 @@ impl Disk {
     /// State of a disk whose guest does not run.
     ///
     /// # Errors
-    /// It was given requests that are still to be executed.
+    /// A request that is still to be executed is not what it was when it was taken.
     pub(crate) fn state(&self) -> Result<State, Error> {
-        let mut state = self.shared.visit(|core| State {
+        let core = self.shared.core();
+        let elements = core.retries.iter().map(|head| {
+            let element = core.ring.element(*head, self.shared.map.memory());
+            element.map_err(|Broken(why)| Error::State(format!("'{}': {why}", self.section())))
+        });
+        Ok(State {
             registers: core.registers.clone(),
-            isr: 0,
+            isr: lock(&self.shared.line).isr,
             config: core.config.clone(),
             queue: core.ring.queue().clone(),
             entries: core.entries,
-            retries: core.retries.clone(),
+            retries: elements.collect::<Result<_, _>>()?,
             is_broken: core.is_broken,
             is_started: core.is_started,
             is_disabled: core.is_disabled,
             offered: self.shared.offered,
-        });
-        state.isr = lock(&self.shared.line).isr;
-        if !state.retries.is_empty() {
-            return Err(Error::State(format!(
-                "'{}' came here with requests under way, which only a running guest's disk \
-                 executes: let the guest run first",
-                self.section()
-            )));
-        }
-        Ok(state)
+        })
     }
 
     /// Whether the state goes with what guest memory holds; the text says what does not.
@@ -197,10 +196,12 @@ impl Disk {
     pub(crate) fn restore(&self, state: State) -> Result<(), String> {
         let ring = self.shared.ring_of(&state).map_err(|Broken(why)| why)?;
         let isr = state.isr;
-        self.shared.visit(|core| {
-            let is_running = core.is_running;
-            *core = Core::new(state, Some(ring));
-            core.is_running = is_running;
+        self.shared.at_rest(|core| {
+            *core = Core {
+                is_running: core.is_running,
+                waiting: core.waiting,
+                ..Core::new(state, Some(ring))
+            };
         });
         let mut line = lock(&self.shared.line);
         line.isr = isr;
@@ -254,6 +255,8 @@ impl Disk {
         match register {
             Register::QueueNotify if value == 0 => shared.kick(),
             Register::InterruptAck => shared.acknowledge(value as u8),
+            Register::QueuePfn if value == 0 => shared.reset(),
+            Register::Status if value as u8 == 0 => shared.reset(),
             _ => shared.visit(|core| shared.write(core, register, value)),
         }
     }
@@ -262,14 +265,8 @@ impl Disk {
 impl Drop for Disk {
     fn drop(&mut self) {
         self.shared.has_ended.store(true, Ordering::SeqCst);
-        // Counted as a visitor, so that the worker finishes one request, not all.
-        self.shared.visitors.fetch_add(1, Ordering::SeqCst);
-        self.shared.kick();
-        if let Some(worker) = self.worker.take()
-            && worker.join().is_err()
-        {
-            log::error!("a disk's thread panicked");
-        }
+        self.shared.at_rest(|core| core.is_running = false);
+        self.shared.crew.dismiss();
     }
 }
 
@@ -286,13 +283,14 @@ impl Core {
             config: state.config,
             ring: ring.unwrap_or_else(|| Ring::new(state.queue)),
             entries: state.entries,
-            retries: state.retries,
+            retries: state.retries.iter().map(|element| element.head).collect(),
             is_broken: state.is_broken,
             is_started: state.is_started,
             is_disabled: state.is_disabled,
             has_cache: wce,
             is_running: false,
-            is_left: false,
+            under_way: 0,
+            waiting: 0,
         }
     }
 
@@ -327,25 +325,43 @@ impl Core {
         }
     }
 
-    fn fail(&mut self, Broken(why): &Broken) {
+    pub(super) fn fail(&mut self, Broken(why): &Broken) {
         log::error!("{why}");
         self.is_broken = true;
     }
 }
 
 impl Shared {
-    /// Does something with the core; the worker lets go of it after its present request.
+    /// The core, whether requests are under way or not.
+    pub(super) fn core(&self) -> MutexGuard<'_, Core> {
+        lock(&self.core)
+    }
+
+    /// Does something with the core, for which nothing need be at rest.
     fn visit<T>(&self, change: impl FnOnce(&mut Core) -> T) -> T {
-        self.visitors.fetch_add(1, Ordering::SeqCst);
-        let mut core = lock(&self.core);
-        self.visitors.fetch_sub(1, Ordering::SeqCst);
-        let result = change(&mut core);
-        let has_work = std::mem::take(&mut core.is_left);
-        drop(core);
-        if has_work {
-            self.kick();
+        change(&mut self.core())
+    }
+
+    /// Does something with the core when no request is under way.
+    fn at_rest(&self, change: impl FnOnce(&mut Core)) {
+        let mut core = self.core();
+        core.waiting += 1;
+        while core.under_way > 0 {
+            core = self.rest.wait(core).unwrap_or_else(PoisonError::into_inner);
         }
-        result
+        change(&mut core);
+        core.waiting -= 1;
+        drop(core);
+        // For what was left in the ring.
+        self.kick();
+    }
+
+    /// A request is not under way any more.
+    pub(super) fn is_done(&self, core: &mut Core) {
+        core.under_way -= 1;
+        if core.under_way == 0 && core.waiting > 0 {
+            self.rest.notify_all();
+        }
     }
 
     fn write(&self, core: &mut Core, register: Register, value: u32) {
@@ -361,25 +377,20 @@ impl Shared {
             Register::QueueSel if value < registers::QUEUES => registers.queue_sel = value as u16,
             Register::QueueNum if is_queue => core.ring.set_num(value),
             Register::QueueAlign if is_queue => core.ring.set_align(value),
-            Register::QueuePfn if value == 0 => self.reset(core),
-            Register::QueuePfn if is_queue => {
+            Register::QueuePfn if is_queue && value != 0 => {
                 let address = u64::from(value) << registers.page_shift;
                 if let Err(error) = core.ring.set_address(address, self.map.memory()) {
                     core.fail(&error);
                 }
             }
-            Register::Status => {
-                core.set_status(value as u8);
-                if core.registers.status == 0 {
-                    self.reset(core);
-                }
-            }
+            Register::Status => core.set_status(value as u8),
             _ => {}
         }
     }
 
-    fn reset(&self, core: &mut Core) {
-        core.reset();
+    /// The guest resets the device; what is under way is finished first.
+    fn reset(&self) {
+        self.at_rest(Core::reset);
         self.acknowledge(!0);
     }
 
@@ -391,13 +402,13 @@ impl Shared {
         Ring::resumed(state.queue.clone(), features, self.map.memory())
     }
 
-    fn kick(&self) {
+    pub(super) fn kick(&self) {
         if let Err(error) = self.kick.write(1) {
             log::error!("virtio-blk: {error}");
         }
     }
 
-    fn interrupt(&self) {
+    pub(super) fn interrupt(&self) {
         let mut line = lock(&self.line);
         line.isr |= USED;
         if !line.is_high {
@@ -412,71 +423,6 @@ impl Shared {
         if line.isr == 0 && line.is_high {
             line.is_high = false;
             (self.irq)(false);
-        }
-    }
-
-    /// The worker's thread.
-    fn work(&self) {
-        let mut chain = Chain::default();
-        let mut scratch = Scratch::default();
-        loop {
-            match self.kick.read() {
-                Ok(_) => {}
-                Err(error) if error.kind() == std::io::ErrorKind::Interrupted => continue,
-                Err(error) => return log::error!("virtio-blk: {error}"),
-            }
-            if self.has_ended.load(Ordering::SeqCst) {
-                return;
-            }
-            let mut core = lock(&self.core);
-            if let Err(error) = self.serve(&mut core, &mut chain, &mut scratch) {
-                core.fail(&error);
-            }
-        }
-    }
-
-    /// Does what waits in the ring, until it is empty or somebody else wants the core.
-    fn serve<'a>(
-        &'a self,
-        core: &mut Core,
-        chain: &mut Chain<'a>,
-        scratch: &mut Scratch<'a>,
-    ) -> Result<(), Broken> {
-        let may_work = core.is_running && !core.is_broken && !core.is_disabled;
-        if !may_work || !core.ring.is_set() {
-            return Ok(());
-        }
-        let memory = self.map.memory();
-        // Some drivers kick before they say that they work.
-        core.is_started = true;
-        core.ring.set_features(core.registers.features);
-        loop {
-            core.ring.ignore_kicks(memory)?;
-            loop {
-                match core.retries.pop() {
-                    Some(head) => core.ring.take(head, memory, chain)?,
-                    None if core.ring.pop(memory, chain)? => {}
-                    None => break,
-                }
-                let target = Target {
-                    image: &*self.image,
-                    serial: &self.serial,
-                    has_cache: core.has_cache,
-                };
-                let len = scratch.execute(chain, &target)?;
-                core.ring.push(memory, chain.head, len)?;
-                if core.ring.wants_interrupt(memory)? {
-                    self.interrupt();
-                }
-                if self.visitors.load(Ordering::SeqCst) > 0 {
-                    core.is_left = true;
-                    core.ring.want_kicks(memory)?;
-                    return Ok(());
-                }
-            }
-            if !core.ring.want_kicks(memory)? {
-                return Ok(());
-            }
         }
     }
 }

@@ -5,7 +5,9 @@ use vm_memory::bitmap::Bitmap;
 
 use super::config::MAX_RUN;
 use super::ring::{Broken, Chain, Piece, Result};
-use crate::block::{Backend, SECTOR};
+use crate::block::{Backend, Fault, SECTOR};
+use crate::config::OnError;
+use crate::errno::Errno;
 use crate::iov::{In, Out};
 
 /// Lists for system calls, kept from request to request.
@@ -23,6 +25,18 @@ pub(super) struct Target<'t> {
     pub(super) serial: &'t str,
     /// Whether what is written may stay in the host's cache until the guest flushes.
     pub(super) has_cache: bool,
+    /// What becomes of reads that fail, and of writes and flushes.
+    pub(super) on_error: [OnError; 2],
+}
+
+/// What became of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Outcome {
+    /// It was answered with so many bytes.
+    Answered(u32),
+    /// It failed, and the guest is to stop before it finds out: it is executed again when the guest
+    /// runs again.
+    Kept(Fault),
 }
 
 /// The last byte of an answer.
@@ -33,6 +47,9 @@ enum Status {
     IoError = 1,
     Unsupported = 2,
 }
+
+/// An answer, or why there is to be none yet.
+type Verdict = std::result::Result<Status, Fault>;
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -56,8 +73,12 @@ const UNMAP: u32 = 1;
 const SECTORS_MAX: u64 = (i32::MAX as u64) / SECTOR;
 
 impl<'a> Scratch<'a> {
-    /// Does what `chain` asks for; returns how many bytes of answer the guest finds.
-    pub(super) fn execute(&mut self, chain: &mut Chain<'a>, target: &Target<'_>) -> Result<u32> {
+    /// Does what `chain` asks for.
+    pub(super) fn execute(
+        &mut self,
+        chain: &mut Chain<'a>,
+        target: &Target<'_>,
+    ) -> Result<Outcome> {
         let Chain {
             readable, writable, ..
         } = chain;
@@ -72,26 +93,31 @@ impl<'a> Scratch<'a> {
         let status = take_last(writable)?;
         let kind = u32::from_le_bytes(array(&header[..4]));
         let sector = u64::from_le_bytes(array(&header[8..]));
-        let result = match kind & !BARRIER {
+        let verdict = match kind & !BARRIER {
             IN => self.read(sector, writable, target),
             OUT => self.write(sector, readable, target),
             FLUSH | 5 => match target.image.flush() {
-                Ok(()) => Status::Ok,
-                Err(error) => failed("flush", &error),
+                Ok(()) => Ok(Status::Ok),
+                Err(error) => failed("flush", &error, target),
             },
-            GET_ID | 9 => identify(writable, target.serial),
-            SCSI | 3 => refuse_scsi(readable, writable),
+            GET_ID | 9 => Ok(identify(writable, target.serial)),
+            SCSI | 3 => Ok(refuse_scsi(readable, writable)),
             DISCARD | WRITE_ZEROES => run(kind & !BARRIER, readable, target)?,
-            _ => Status::Unsupported,
+            _ => Ok(Status::Unsupported),
         };
-        write(&status, &[result as u8]);
-        Ok(u32::try_from(answer).unwrap_or(u32::MAX))
+        Ok(match verdict {
+            Ok(verdict) => {
+                write(&status, &[verdict as u8]);
+                Outcome::Answered(u32::try_from(answer).unwrap_or(u32::MAX))
+            }
+            Err(fault) => Outcome::Kept(fault),
+        })
     }
 
-    fn read(&mut self, sector: u64, to: &[Piece<'a>], target: &Target<'_>) -> Status {
+    fn read(&mut self, sector: u64, to: &[Piece<'a>], target: &Target<'_>) -> Verdict {
         let len = total(to);
         if !is_inside(sector, len, target) {
-            return Status::IoError;
+            return Ok(Status::IoError);
         }
         self.rooms.clear();
         self.rooms.extend(to.iter().map(In::from));
@@ -100,12 +126,12 @@ impl<'a> Scratch<'a> {
         for piece in to {
             piece.bitmap().mark_dirty(0, piece.len());
         }
-        result.map_or_else(|error| failed("read", &error), |()| Status::Ok)
+        result.map_or_else(|error| failed("read", &error, target), |()| Ok(Status::Ok))
     }
 
-    fn write(&mut self, sector: u64, from: &[Piece<'a>], target: &Target<'_>) -> Status {
+    fn write(&mut self, sector: u64, from: &[Piece<'a>], target: &Target<'_>) -> Verdict {
         if !is_inside(sector, total(from), target) {
-            return Status::IoError;
+            return Ok(Status::IoError);
         }
         self.pieces.clear();
         self.pieces.extend(from.iter().map(Out::from));
@@ -115,10 +141,10 @@ impl<'a> Scratch<'a> {
 }
 
 /// Discards a run of sectors, or makes it zero.
-fn run(kind: u32, from: &mut Vec<Piece<'_>>, target: &Target<'_>) -> Result<Status> {
+fn run(kind: u32, from: &mut Vec<Piece<'_>>, target: &Target<'_>) -> Result<Verdict> {
     let mut run = [0; RUN];
     if total(from) > RUN as u64 {
-        return Ok(Status::Unsupported);
+        return Ok(Ok(Status::Unsupported));
     }
     if take_front(from, &mut run) < RUN {
         let text = "virtio-blk request discard/write_zeroes header too short";
@@ -128,37 +154,44 @@ fn run(kind: u32, from: &mut Vec<Piece<'_>>, target: &Target<'_>) -> Result<Stat
     let sectors = u32::from_le_bytes(array(&run[8..12]));
     let flags = u32::from_le_bytes(array(&run[12..]));
     if flags & !UNMAP != 0 {
-        return Ok(Status::Unsupported);
+        return Ok(Ok(Status::Unsupported));
     }
     let len = u64::from(sectors) * SECTOR;
     if sectors > MAX_RUN || !is_inside(sector, len, target) {
-        return Ok(Status::IoError);
+        return Ok(Ok(Status::IoError));
     }
     if kind == DISCARD {
         // QEMU's default, discard=ignore: the sectors may keep what they hold, and do.
-        return Ok(match flags {
+        return Ok(Ok(match flags {
             0 => Status::Ok,
             _ => Status::Unsupported,
-        });
+        }));
     }
     let result = target.image.zero(sector * SECTOR, len, false);
     Ok(written(result, target))
 }
 
-fn written(result: std::io::Result<()>, target: &Target<'_>) -> Status {
+fn written(result: std::io::Result<()>, target: &Target<'_>) -> Verdict {
     let flush = |()| match target.has_cache {
         true => Ok(()),
         false => target.image.flush(),
     };
     match result.and_then(flush) {
-        Ok(()) => Status::Ok,
-        Err(error) => failed("write", &error),
+        Ok(()) => Ok(Status::Ok),
+        Err(error) => failed("write", &error, target),
     }
 }
 
-fn failed(what: &str, error: &std::io::Error) -> Status {
-    log::warn!("virtio-blk {what}: {error}");
-    Status::IoError
+/// The host can not do it.
+fn failed(what: &str, error: &std::io::Error, target: &Target<'_>) -> Verdict {
+    log::warn!("virtio-blk {what}: {}", Errno(error));
+    let fault = Fault::of(error);
+    let [on_read, on_write] = target.on_error;
+    match (if what == "read" { on_read } else { on_write }, fault) {
+        (OnError::Ignore, _) => Ok(Status::Ok),
+        (OnError::Stop, _) | (OnError::Enospc, Fault::NoSpace) => Err(fault),
+        (OnError::Report | OnError::Enospc, _) => Ok(Status::IoError),
+    }
 }
 
 fn identify(to: &[Piece<'_>], serial: &str) -> Status {

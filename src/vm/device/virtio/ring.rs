@@ -74,6 +74,17 @@ pub(super) struct Chain<'a> {
     pub(super) writable: Vec<Piece<'a>>,
 }
 
+/// A request that was taken, by guest-physical address and length of its parts.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Element {
+    /// Its first descriptor.
+    pub(super) head: u16,
+    /// For the device to read.
+    pub(super) readable: Vec<(u64, u64)>,
+    /// For the device to write.
+    pub(super) writable: Vec<(u64, u64)>,
+}
+
 /// Default alignment of the used ring.
 const ALIGN: u32 = 4096;
 /// Bytes of a descriptor.
@@ -214,12 +225,40 @@ impl Ring {
 
     /// Takes the request that begins at descriptor `head` into `chain`.
     pub(super) fn take<'a>(&self, head: u16, memory: &'a Memory, chain: &mut Chain<'a>) -> Result {
-        if u32::from(head) >= self.queue.num {
-            return Err(Broken(format!("Guest says index {head} is available")));
-        }
         chain.head = head;
         chain.readable.clear();
         chain.writable.clear();
+        self.walk(head, memory, |descriptor| chain.add(descriptor, memory))
+    }
+
+    /// Where the request that begins at descriptor `head` has its parts.
+    pub(super) fn element(&self, head: u16, memory: &Memory) -> Result<Element> {
+        let mut element = Element {
+            head,
+            readable: Vec::new(),
+            writable: Vec::new(),
+        };
+        self.walk(head, memory, |descriptor| {
+            let part = (descriptor.address, descriptor.len.into());
+            match descriptor.flags & WRITE {
+                0 => element.readable.push(part),
+                _ => element.writable.push(part),
+            }
+            Ok(())
+        })?;
+        Ok(element)
+    }
+
+    /// Shows the descriptors of a request.
+    fn walk(
+        &self,
+        head: u16,
+        memory: &Memory,
+        mut visit: impl FnMut(&Descriptor) -> Result,
+    ) -> Result {
+        if u32::from(head) >= self.queue.num {
+            return Err(Broken(format!("Guest says index {head} is available")));
+        }
         let mut table = (self.queue.desc, self.queue.num);
         let mut descriptor = Descriptor::read(memory, table.0, head.into())?;
         if descriptor.flags & INDIRECT != 0 {
@@ -232,7 +271,7 @@ impl Ring {
         }
         let mut count = 0;
         loop {
-            chain.add(&descriptor, memory)?;
+            visit(&descriptor)?;
             count += 1;
             if descriptor.flags & NEXT == 0 {
                 return Ok(());
@@ -246,6 +285,11 @@ impl Ring {
             }
             descriptor = Descriptor::read(memory, table.0, next)?;
         }
+    }
+
+    /// Whether a request waits.
+    pub(super) fn has_more(&self, memory: &Memory) -> Result<bool> {
+        Ok(self.avail_index(memory)? != self.queue.last_avail)
     }
 
     /// Gives a request back with `len` bytes written.
@@ -299,7 +343,7 @@ impl Ring {
             store(memory, self.used, flags, Ordering::Relaxed)?;
         }
         fence(Ordering::SeqCst);
-        Ok(self.avail_index(memory)? != self.queue.last_avail)
+        self.has_more(memory)
     }
 }
 

@@ -1,7 +1,7 @@
 //! A disk's section: `virtio-mmio@<slot>/virtio-blk` version 2, spec/device-state.md §2.10.
 
 use super::registers::{ENTRIES, QUEUES, Registers};
-use super::ring::Queue;
+use super::ring::{Element, Queue};
 use super::{OFFERED, config, names};
 use crate::vmstate::{Error, Result, Subsection, Visitor, VmState};
 
@@ -16,9 +16,8 @@ pub(crate) struct State {
     pub(super) queue: Queue,
     /// Entries the queue has after a reset.
     pub(super) entries: u32,
-    /// First descriptors of requests that were under way when the guest stopped. QEMU keeps them
-    /// after an I/O error; here there are none in a guest that is saved.
-    pub(super) retries: Vec<u16>,
+    /// Requests that failed and stopped the guest: they are to be executed again.
+    pub(super) retries: Vec<Element>,
     /// The guest has driven the device wrong: it does nothing until it is reset.
     pub(super) is_broken: bool,
     /// The driver works.
@@ -46,24 +45,76 @@ impl State {
         }
     }
 
-    fn read_retry(&mut self, v: &mut dyn Visitor) -> Result {
-        // A picture of QEMU's memory: the first descriptor's number is all that means something
-        // here; the rest can be read from the ring.
-        let mut element = vec![0; ELEMENT];
-        v.buffer("element", &mut element)?;
-        let mut index = [0; 4];
-        index.copy_from_slice(&element[..4]);
-        let index = u32::from_le_bytes(index);
-        let is_sane = index < self.queue.num && self.retries.len() < self.queue.num as usize;
-        match u16::try_from(index) {
-            Ok(head) if is_sane => self.retries.push(head),
-            _ => {
-                return Err(inconsistent(format!(
-                    "the ring has no request {index} that could be under way"
-                )));
+    /// A request, and whether there is one.
+    fn retry(&mut self, number: usize, v: &mut dyn Visitor) -> Result<bool> {
+        let mut is_request = number < self.retries.len();
+        v.number("request", &mut is_request)?;
+        if !is_request {
+            return Ok(false);
+        }
+        let mut picture = match self.retries.get(number) {
+            Some(element) => element.to_picture(),
+            None => vec![0; ELEMENT],
+        };
+        v.buffer("element", &mut picture)?;
+        if number == self.retries.len() {
+            let element = Element::from_picture(&picture)
+                .filter(|element| u32::from(element.head) < self.queue.num)
+                .filter(|_| number < self.queue.num as usize);
+            self.retries.push(element.ok_or_else(|| {
+                inconsistent(format!(
+                    "request {number} under way is none that this ring could have"
+                ))
+            })?);
+        }
+        Ok(true)
+    }
+}
+
+/// QEMU's picture of a request in its memory (`VirtQueueElementOld`): first descriptor, number of
+/// parts to write and to read (u32 each), then for each direction the addresses of 1024 parts, and
+/// for each direction 1024 times a pointer and a length. The pointers mean nothing anywhere else.
+impl Element {
+    fn to_picture(&self) -> Vec<u8> {
+        let mut picture = vec![0; ELEMENT];
+        let mut put =
+            |at: usize, bytes: &[u8]| picture[at..at + bytes.len()].copy_from_slice(bytes);
+        put(0, &u32::from(self.head).to_le_bytes());
+        for (side, parts) in [&self.readable, &self.writable].into_iter().enumerate() {
+            let (count, addresses, vectors) = PLACES[side];
+            put(count, &(parts.len() as u32).to_le_bytes());
+            for (index, (address, len)) in parts.iter().take(PARTS).enumerate() {
+                put(addresses + 8 * index, &address.to_le_bytes());
+                put(vectors + 16 * index + 8, &len.to_le_bytes());
             }
         }
-        Ok(())
+        picture
+    }
+
+    fn from_picture(picture: &[u8]) -> Option<Self> {
+        let quad = |at: usize| {
+            Some(u64::from_le_bytes(
+                picture.get(at..at + 8)?.try_into().ok()?,
+            ))
+        };
+        let word = |at: usize| quad(at).map(|quad| quad as u32);
+        let mut sides = [Vec::new(), Vec::new()];
+        for (parts, (count, addresses, vectors)) in sides.iter_mut().zip(PLACES) {
+            let count = usize::try_from(word(count)?).ok()?;
+            for index in (0..count).take(PARTS + 1) {
+                let (address, len) = (addresses + 8 * index, vectors + 16 * index + 8);
+                parts.push((quad(address)?, quad(len)?));
+            }
+            if count > PARTS {
+                return None;
+            }
+        }
+        let [readable, writable] = sides;
+        Some(Self {
+            head: u16::try_from(word(0)?).ok()?,
+            readable,
+            writable,
+        })
     }
 }
 
@@ -153,14 +204,11 @@ impl VmState for State {
         v.ranged("vring.align", &mut queue.align, 1..=u32::MAX)?;
         v.number("vring.desc", &mut queue.desc)?;
         v.number("last_avail_idx", &mut queue.last_avail)?;
-        loop {
-            let mut is_request = false;
-            v.number("request", &mut is_request)?;
-            if !is_request {
-                return Ok(());
-            }
-            self.read_retry(v)?;
+        let mut number = 0;
+        while self.retry(number, v)? {
+            number += 1;
         }
+        Ok(())
     }
 
     fn loaded(&mut self) -> std::result::Result<(), String> {
@@ -205,6 +253,15 @@ impl VmState for DiskSection {
 const LITTLE_ENDIAN: u8 = 1;
 /// Bytes of QEMU's picture of a request.
 const ELEMENT: usize = 49168;
+/// Most parts of one direction.
+const PARTS: usize = 1024;
+/// Where it has the number of parts, their addresses, and their pointers and lengths: of those for
+/// the device to read, and of those for it to write.
+const PLACES: [(usize, usize, usize); 2] = [
+    (4, 16 + 8 * PARTS, 16 + 32 * PARTS),
+    (8, 16, 16 + 16 * PARTS),
+];
+const _: () = assert!(ELEMENT == 16 + 48 * PARTS);
 /// More configuration than any disk has.
 const CONFIG_MAX: u32 = 4096;
 const _: () = assert!(OFFERED >> 32 == 0);

@@ -1,0 +1,184 @@
+//! The threads that execute a disk's requests.
+//!
+//! All are alike: they wait for a kick, and take requests from the ring until it is empty. There is
+//! one, which serves a disk that answers at once best of all; while requests take longer than
+//! waking somebody does, the others are called, or hired, for what waits in the ring.
+
+use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::disk::{Core, Shared};
+use super::request::{Outcome, Scratch, Target};
+use super::ring::{Broken, Chain};
+
+/// A disk's threads.
+#[derive(Default)]
+pub(super) struct Crew {
+    threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Nanoseconds that the last request took.
+    last: AtomicU64,
+}
+
+/// Most threads of a disk.
+const THREADS: usize = 16;
+/// Waking a thread, and the way of the ring to its processor, cost about this much.
+const CALL: Duration = Duration::from_micros(50);
+
+impl Crew {
+    /// Waits for the end of all, who must know that they are to end.
+    pub(super) fn dismiss(&self) {
+        loop {
+            let thread = self
+                .threads
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .pop();
+            match thread.map(JoinHandle::join) {
+                None => return,
+                Some(Ok(())) => {}
+                Some(Err(_)) => log::error!("a disk's thread panicked"),
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Starts another thread.
+    pub(super) fn hire(self: &Arc<Self>) -> io::Result<()> {
+        let mut threads = self
+            .crew
+            .threads
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        let its = Arc::clone(self);
+        let thread = std::thread::Builder::new()
+            .name(format!("disk {}", self.slot))
+            .spawn(move || its.work())?;
+        threads.push(thread);
+        Ok(())
+    }
+
+    /// A thread.
+    fn work(self: Arc<Self>) {
+        let mut scratch = Scratch::default();
+        let mut chain = Chain::default();
+        loop {
+            match self.kick.read() {
+                Ok(_) => {}
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return log::error!("virtio-blk: {error}"),
+            }
+            if self.has_ended.load(Ordering::SeqCst) {
+                // The next one.
+                return self.kick();
+            }
+            while self.serve(&mut chain, &mut scratch) {}
+        }
+    }
+
+    /// Executes the next request; false if there is none, or it is not the time.
+    fn serve<'a>(self: &'a Arc<Self>, chain: &mut Chain<'a>, scratch: &mut Scratch<'a>) -> bool {
+        let mut core = self.core();
+        match self.take(&mut core, chain) {
+            Ok(true) => {}
+            Ok(false) => return false,
+            Err(error) => {
+                core.fail(&error);
+                return false;
+            }
+        }
+        core.under_way += 1;
+        let under_way = core.under_way;
+        let target = Target {
+            image: &*self.image,
+            serial: &self.serial,
+            has_cache: core.has_cache,
+            on_error: self.on_error,
+        };
+        let is_more = matches!(core.ring.has_more(self.map.memory()), Ok(true));
+        drop(core);
+        if is_more && self.crew.last.load(Ordering::Relaxed) > CALL.as_nanos() as u64 {
+            self.call(under_way);
+        }
+        let begin = Instant::now();
+        // An image's metadata can be anything: a request that panics over them must not stay under
+        // way for ever.
+        let executed = catch_unwind(AssertUnwindSafe(|| scratch.execute(chain, &target)));
+        let outcome = executed.unwrap_or_else(|_| Err(Broken("a request panicked".to_owned())));
+        let took = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        self.crew.last.store(took, Ordering::Relaxed);
+
+        let mut core = self.core();
+        let given_back = outcome.and_then(|outcome| self.give_back(&mut core, chain.head, outcome));
+        if let Err(error) = given_back {
+            core.fail(&error);
+        }
+        self.is_done(&mut core);
+        true
+    }
+
+    /// Takes the next request.
+    fn take<'a>(&'a self, core: &mut Core, chain: &mut Chain<'a>) -> Result<bool, Broken> {
+        let may_work = core.is_running && !core.is_broken && !core.is_disabled;
+        if !may_work || core.waiting > 0 || !core.ring.is_set() {
+            return Ok(false);
+        }
+        let memory = self.map.memory();
+        // Some drivers kick before they say that they work.
+        core.is_started = true;
+        core.ring.set_features(core.registers.features);
+        if let Some(head) = core.retries.pop() {
+            return core.ring.take(head, memory, chain).map(|()| true);
+        }
+        core.ring.ignore_kicks(memory)?;
+        loop {
+            if core.ring.pop(memory, chain)? {
+                return Ok(true);
+            }
+            if !core.ring.want_kicks(memory)? {
+                return Ok(false);
+            }
+        }
+    }
+
+    fn give_back(&self, core: &mut Core, head: u16, outcome: Outcome) -> Result<(), Broken> {
+        let memory = self.map.memory();
+        match outcome {
+            Outcome::Answered(len) => {
+                core.ring.push(memory, head, len)?;
+                if core.ring.wants_interrupt(memory)? {
+                    self.interrupt();
+                }
+            }
+            Outcome::Kept(fault) => {
+                core.retries.push(head);
+                // The guest stops later; until then nothing else is executed.
+                core.is_running = false;
+                (self.stop)(fault);
+            }
+        }
+        Ok(())
+    }
+
+    /// Wakes another thread while so many are at work, or hires one.
+    fn call(self: &Arc<Self>, under_way: usize) {
+        let threads = self
+            .crew
+            .threads
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .len();
+        if under_way < threads {
+            return self.kick();
+        }
+        if threads < THREADS
+            && let Err(error) = self.hire().map(|()| self.kick())
+        {
+            log::warn!("virtio-blk: {error}");
+        }
+    }
+}
