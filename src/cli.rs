@@ -20,6 +20,7 @@ mod table;
 use std::ffi::OsString;
 
 use crate::config::Config;
+pub use disk::hot_drive;
 use draft::Draft;
 use table::{OPTIONS, Row};
 

@@ -88,12 +88,90 @@ pub struct DriveConfig {
     pub file: PathBuf,
     /// `readonly=on`.
     pub is_read_only: bool,
-    /// No `format=` was given.
-    pub is_guessed: bool,
+    /// `format=`; without it the image is looked at.
+    pub format: Option<Format>,
+    /// `cache=`.
+    pub cache: Cache,
+    /// `discard=unmap`: what the guest discards is given back to the host.
+    pub discards: bool,
+    /// `detect-zeroes=`.
+    pub zeroes: Zeroes,
     /// The image is locked against others (`file.locking=`).
     pub locks: bool,
     /// The option as it was typed, for messages.
     pub option: String,
+}
+
+/// Formats of images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// The bytes of the disk.
+    Raw,
+    /// QEMU's, versions 2 and 3.
+    Qcow2,
+}
+
+impl Format {
+    /// QEMU's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Raw => "raw",
+            Self::Qcow2 => "qcow2",
+        }
+    }
+
+    /// The format of that name, if it is built.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "raw" => Some(Self::Raw),
+            "qcow2" => Some(Self::Qcow2),
+            _ => None,
+        }
+    }
+}
+
+/// What becomes of zeros that are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Zeroes {
+    /// They are written.
+    #[default]
+    Off,
+    /// The place is made zero.
+    On,
+    /// As [`Self::On`], and it is given back to the host.
+    Unmap,
+}
+
+impl Zeroes {
+    /// QEMU's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Off => "off",
+            Self::On => "on",
+            Self::Unmap => "unmap",
+        }
+    }
+}
+
+/// `cache=`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Cache {
+    /// What is written may stay in the host's cache until the guest flushes.
+    pub is_writeback: bool,
+    /// Past the host's cache.
+    pub is_direct: bool,
+    /// Flushes do nothing.
+    pub ignores_flushes: bool,
+}
+
+impl Default for Cache {
+    fn default() -> Self {
+        Self {
+            is_writeback: true,
+            is_direct: false,
+            ignores_flushes: false,
+        }
+    }
 }
 
 /// `-device virtio-blk-device`, or what a drive gets by itself.

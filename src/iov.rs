@@ -6,7 +6,7 @@
 //! `unsafe` may live.
 #![expect(unsafe_code, reason = "iovec arrays are raw pointers by definition")]
 
-use std::io;
+use std::io::{self, IoSlice, IoSliceMut};
 use std::marker::PhantomData;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
@@ -117,6 +117,15 @@ impl<'a> Out<'a> {
     }
 }
 
+impl Out<'_> {
+    /// Whether all of its bytes are zero.
+    pub fn is_zero(&self) -> bool {
+        as_slices(std::slice::from_ref(self))
+            .iter()
+            .all(|slice| slice.iter().all(|byte| *byte == 0))
+    }
+}
+
 impl<'a> In<'a> {
     /// Room in memory that others may read or write meanwhile.
     ///
@@ -163,6 +172,33 @@ impl<'a> In<'a> {
         unsafe { std::ptr::copy(bytes.as_ptr(), self.0.iov_base.cast::<u8>(), n) };
         n
     }
+}
+
+/// The pieces for a library that takes the standard library's, none of them empty.
+pub fn as_slices<'a>(pieces: &'a [Out<'_>]) -> Vec<IoSlice<'a>> {
+    let pieces = pieces.iter().filter(|piece| piece.len() > 0);
+    let slice = |piece: &'a Out<'_>| {
+        // SAFETY: the span is readable by construction. Of guest memory, which may change under us
+        // (vm-memory's users lend it in the same way), only bytes are read, never values of which
+        // anything else depends.
+        let bytes =
+            unsafe { std::slice::from_raw_parts(piece.0.iov_base.cast::<u8>(), piece.0.iov_len) };
+        IoSlice::new(bytes)
+    };
+    pieces.map(slice).collect()
+}
+
+/// The rooms for a library that takes the standard library's, none of them empty.
+pub fn as_slices_mut<'a>(rooms: &'a mut [In<'_>]) -> Vec<IoSliceMut<'a>> {
+    let rooms = rooms.iter_mut().filter(|room| room.len() > 0);
+    let slice = |room: &'a mut In<'_>| {
+        // SAFETY: the span is writable by construction, and lent out once: the room is borrowed.
+        // Guest memory may change under us; see `as_slices`.
+        let bytes =
+            unsafe { std::slice::from_raw_parts_mut(room.0.iov_base.cast::<u8>(), room.0.iov_len) };
+        IoSliceMut::new(bytes)
+    };
+    rooms.map(slice).collect()
 }
 
 /// `writev(2)`: returns the number of bytes the descriptor took. At most [`MAX_PIECES`] are used.

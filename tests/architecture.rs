@@ -16,7 +16,9 @@ const FLOORS: [(u8, &[&str]); 6] = [
 ];
 
 /// Modules of one floor that may name each other, one way only.
-const NEIGHBOURS: [(&str, &str); 4] = [
+const NEIGHBOURS: [(&str, &str); 5] = [
+    // `drive_add` reads what `-drive` reads.
+    ("monitor", "cli"),
     ("chardev", "poll"),
     ("chardev", "socket"),
     ("program", "monitor"),

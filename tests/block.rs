@@ -165,6 +165,39 @@ fn a_7_2_that_sends_its_disk_in_part_is_found_out() {
     assert!(blocks(&to) <= len / 512 * 3 / 4 + 64, "{}", blocks(&to));
 }
 
+/// An image that somebody cuts off is not taken for zeros; one that nobody finds any more is sent.
+#[test]
+fn of_an_image_that_was_cut_off_or_removed() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let (here, there) = (Images::full(4 * MIB), Images::new(4 * MIB));
+    let mut source = here.setup(&guest, Hmpsh).start();
+    goes_on(&[&source]);
+    here.spare.as_file().set_len(MIB as u64).unwrap();
+    let mut dest = there
+        .setup(&guest, Hmpsh)
+        .args(&["-S"])
+        .incoming("tcp:127.0.0.1:0")
+        .start();
+    let line = format!("migrate -b tcp:127.0.0.1:{}", dest.port());
+    source.command(&line);
+    let state = source.wait_migration("failed");
+    let why = "Reading disk 'd1' from sector 2048 on: the image is shorter than it was";
+    assert!(state.contains(why), "{state}");
+    source.wait_status("running");
+    goes_on(&[&source]);
+
+    here.spare.as_file().set_len(4 * MIB as u64).unwrap();
+    std::fs::remove_file(here.used.path()).unwrap();
+    source.command(&line);
+    source.wait_migration("completed");
+    dest.wait_status("paused");
+    dest.quiet("cont");
+    goes_on(&[&source, &dest]);
+}
+
 /// The image at the other end may be the one that is sent.
 fn onto_itself(source: Program) {
     if !have(&[source, Hmpsh]) {

@@ -8,9 +8,10 @@ use std::process::Command;
 use common::disk::{DiskGuest, drive, goes_on};
 use common::hmp::PATIENCE;
 use common::journey::moved;
-use common::poll;
+use common::need::{Need, require};
 use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
 use common::vmm::{Program, Setup, Vmm, have};
+use common::{poll, without_node_digits};
 
 /// Boots and reads back what it wrote.
 fn lives(program: Program) {
@@ -173,11 +174,7 @@ impl Drop for SmallDisk {
 
 /// A host without room stops the guest; with room it goes on, here or elsewhere.
 fn full(to: Option<Program>) {
-    if !have(&[Hmpsh, Qemu7]) {
-        return;
-    }
-    if !rustix::process::geteuid().is_root() {
-        println!("skipped: only root can make a small file system");
+    if !have(&[Hmpsh, Qemu7, Qemu10]) || !require(&[Need::Root]) {
         return;
     }
     let guest = DiskGuest::new();
@@ -188,7 +185,7 @@ fn full(to: Option<Program>) {
     let drive = drive("d0", &image, "");
     let mut vm = guest.setup_on(Hmpsh, &drive).start();
     vm.wait_status("paused (io-error)");
-    let here = without_digits(&vm.command("info block"));
+    let here = without_node_digits(&vm.command("info block"));
     assert!(here.contains("    I/O status:       nospace\n"), "{here}");
     vm.quiet("cont");
     vm.wait_status("paused (io-error)");
@@ -200,7 +197,7 @@ fn full(to: Option<Program>) {
         vms[1].wait_status("paused (io-error)");
         vms[1].quiet("cont");
         vms[1].wait_status("paused (io-error)");
-        assert_eq!(without_digits(&vms[1].command("info block")), here);
+        assert_eq!(without_node_digits(&vms[1].command("info block")), here);
     }
     small.mount("remount,size=2m");
     let last = vms.last_mut().unwrap();
@@ -394,18 +391,9 @@ fn shown_as_by(program: Program) {
             "info blockstats",
         ]
         .map(|line| vm.command(line));
-        answers.map(|text| without_digits(&text))
+        answers.map(|text| without_node_digits(&text))
     };
     assert_eq!(answers(Hmpsh), answers(program));
-}
-
-/// Without the digits of nodes' names, which are random.
-fn without_digits(text: &str) -> String {
-    let mut parts = text.split("#block");
-    let first = parts.next().unwrap_or_default().to_owned();
-    parts.fold(first, |text, part| {
-        text + "#block" + part.trim_start_matches(|letter: char| letter.is_ascii_digit())
-    })
 }
 
 #[test]

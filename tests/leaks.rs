@@ -10,7 +10,8 @@ use std::time::Duration;
 use common::need::{Need, require};
 use common::poll;
 use hmpsh::config::{
-    Accel, BackendKind, Boot, Chips, DiskConfig, DriveConfig, MachineConfig, MemoryBackend, OnError,
+    Accel, BackendKind, Boot, Cache, Chips, DiskConfig, DriveConfig, Format, MachineConfig,
+    MemoryBackend, OnError, Zeroes,
 };
 use hmpsh::vm::guest::Guest;
 use hmpsh::vm::machine::Machine;
@@ -32,7 +33,10 @@ fn config(accel: Accel, kind: BackendKind, image: &Path) -> MachineConfig {
             id: "d0".to_owned(),
             file: image.to_owned(),
             is_read_only: false,
-            is_guessed: false,
+            format: Some(Format::Raw),
+            cache: Cache::default(),
+            discards: false,
+            zeroes: Zeroes::Off,
             locks: true,
             option: String::new(),
         }],

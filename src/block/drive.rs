@@ -2,19 +2,41 @@
 
 use std::collections::BTreeSet;
 use std::io;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
 use super::stats::Stats;
-use super::{Backend, LockError, SECTOR};
+use super::throttle::{Throttle, Way};
+use super::{Backend, Layer, LockError, SECTOR};
+use crate::config::{Cache, Zeroes};
 use crate::iov::{In, Out};
 
 /// An open image with a name, what QEMU calls a block backend.
 pub struct Drive {
     id: String,
-    image: Box<dyn Backend>,
+    image: RwLock<Box<dyn Backend>>,
+    policy: Policy,
+    /// The disk that uses it.
+    disk: Option<String>,
+    is_deleted: AtomicBool,
+    /// Bytes of the image; 0 if there is none any more.
+    len: AtomicU64,
+    is_read_only: bool,
     log: Mutex<Option<BTreeSet<u64>>>,
     stats: Stats,
     fault: Mutex<Option<Fault>>,
+    throttle: Throttle,
+}
+
+/// How a drive is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// `cache=`.
+    pub cache: Cache,
+    /// `discard=unmap`: what is discarded is given back to the host.
+    pub discards: bool,
+    /// `detect-zeroes=`: what becomes of zeros that are written.
+    pub zeroes: Zeroes,
 }
 
 /// Why a guest was stopped.
@@ -49,11 +71,67 @@ impl Drive {
     pub fn new(id: String, image: Box<dyn Backend>) -> Self {
         Self {
             id,
-            image,
+            len: AtomicU64::new(image.sectors() * SECTOR),
+            is_read_only: image.is_read_only(),
+            image: RwLock::new(image),
+            policy: Policy::default(),
+            disk: None,
+            is_deleted: AtomicBool::new(false),
             log: Mutex::default(),
             stats: Stats::default(),
             fault: Mutex::default(),
+            throttle: Throttle::default(),
         }
+    }
+
+    /// Used in that way.
+    pub fn with_policy(mut self, policy: Policy) -> Self {
+        self.policy = policy;
+        self
+    }
+
+    /// Used by that disk.
+    pub fn of_disk(mut self, disk: Option<String>) -> Self {
+        self.disk = disk;
+        self
+    }
+
+    /// The disk that uses it.
+    pub fn disk(&self) -> Option<&str> {
+        self.disk.as_deref()
+    }
+
+    /// How it is used.
+    pub fn policy(&self) -> Policy {
+        self.policy
+    }
+
+    /// The image itself, for whoever is not to be counted. Writes to it are not noted either.
+    pub fn image(&self) -> RwLockReadGuard<'_, Box<dyn Backend>> {
+        self.image.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes the image out when nobody uses it any more, and lets others use it. From here on every
+    /// request fails, and nobody finds the drive by its name.
+    pub fn delete(&self) {
+        self.is_deleted.store(true, Ordering::SeqCst);
+        self.throttle.set_hurry(true);
+        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        image.release();
+        *image = Box::new(NoMedium);
+        self.len.store(0, Ordering::SeqCst);
+        drop(image);
+        self.throttle.set_hurry(false);
+    }
+
+    /// Whether its image was taken out.
+    pub fn is_deleted(&self) -> bool {
+        self.is_deleted.load(Ordering::SeqCst)
+    }
+
+    /// What limits its requests.
+    pub fn throttle(&self) -> &Throttle {
+        &self.throttle
     }
 
     /// Why it has stopped the guest, which has not run since.
@@ -64,11 +142,6 @@ impl Drive {
     /// The guest stops because of that, or it runs again.
     pub fn set_fault(&self, fault: Option<Fault>) {
         *self.fault.lock().unwrap_or_else(PoisonError::into_inner) = fault;
-    }
-
-    /// The image itself, for whoever is not to be counted. Writes to it are not noted either.
-    pub fn image(&self) -> &dyn Backend {
-        &*self.image
     }
 
     /// What was done through the drive so far.
@@ -83,7 +156,7 @@ impl Drive {
 
     /// Length in bytes.
     pub fn len(&self) -> u64 {
-        self.image.sectors() * SECTOR
+        self.len.load(Ordering::SeqCst)
     }
 
     /// Whether there is nothing in it.
@@ -94,6 +167,11 @@ impl Drive {
     /// Length in chunks of [`CHUNK`] bytes, of which the last may be shorter.
     pub fn chunks(&self) -> u64 {
         self.len().div_ceil(CHUNK)
+    }
+
+    /// Whether a migration sends it: what is written is noted.
+    pub fn is_logged(&self) -> bool {
+        self.log().is_some()
     }
 
     /// From here on every chunk that is written to is noted. Nothing is noted yet.
@@ -144,45 +222,126 @@ impl Drive {
 
 impl Backend for Drive {
     fn sectors(&self) -> u64 {
-        self.image.sectors()
+        self.len() / SECTOR
+    }
+
+    fn layers(&self) -> Vec<Layer> {
+        self.image().layers()
     }
 
     fn is_read_only(&self) -> bool {
-        self.image.is_read_only()
+        self.is_read_only
     }
 
     fn read(&self, offset: u64, rooms: &mut Vec<In<'_>>) -> io::Result<()> {
         let len = rooms.iter().map(|room| room.len() as u64).sum();
-        self.stats
-            .reads
-            .time(len, || self.image.read(offset, rooms))
+        self.throttle.pass(Way::Read, len);
+        let read = || self.image().read(offset, rooms);
+        self.stats.reads.time(len, read)
     }
 
     fn write(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()> {
         let len = pieces.iter().map(|piece| piece.len() as u64).sum();
-        let write = || self.image.write(offset, pieces);
+        let zeroes = self.policy.zeroes;
+        if zeroes != Zeroes::Off && pieces.iter().all(Out::is_zero) {
+            return self.zero(offset, len, zeroes == Zeroes::Unmap);
+        }
+        self.throttle.pass(Way::Write, len);
+        let write = || self.image().write(offset, pieces);
         let result = self.stats.writes.time(len, write);
         self.note(offset, len);
         result
     }
 
     fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
-        let zero = || self.image.zero(offset, len, may_unmap);
+        self.throttle.pass(Way::Write, len);
+        let may_unmap = may_unmap && self.policy.discards;
+        let zero = || self.image().zero(offset, len, may_unmap);
         let result = self.stats.writes.time(len, zero);
         self.note(offset, len);
         result
     }
 
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        if !self.policy.discards {
+            return Ok(());
+        }
+        let result = self.image().discard(offset, len);
+        self.note(offset, len);
+        result
+    }
+
+    fn resize(&self, len: u64) -> io::Result<()> {
+        self.image().resize(len)?;
+        self.len.store(len, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn commit(&self) -> io::Result<()> {
+        self.image().commit()
+    }
+
+    fn hurry(&self, is_hurry: bool) {
+        self.throttle.set_hurry(is_hurry);
+    }
+
     fn claim(&self) -> Result<(), LockError> {
-        self.image.claim()
+        let image = self.image();
+        image.claim()?;
+        // Whoever had it may have changed that.
+        self.len.store(image.sectors() * SECTOR, Ordering::SeqCst);
+        Ok(())
     }
 
     fn release(&self) {
-        self.image.release();
+        self.image().release();
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        self.image().settle()
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.stats.flushes.time(0, || self.image.flush())
+        let is_ignored = self.policy.cache.ignores_flushes;
+        self.stats.flushes.time(0, || match is_ignored {
+            true => Ok(()),
+            false => self.image().flush(),
+        })
+    }
+}
+
+/// The image of a drive that has none any more.
+struct NoMedium;
+
+impl NoMedium {
+    fn fail() -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::ENOMEDIUM))
+    }
+}
+
+impl Backend for NoMedium {
+    fn sectors(&self) -> u64 {
+        0
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn read(&self, _: u64, _: &mut Vec<In<'_>>) -> io::Result<()> {
+        Self::fail()
+    }
+
+    fn write(&self, _: u64, _: &mut Vec<Out<'_>>) -> io::Result<()> {
+        Self::fail()
+    }
+
+    fn zero(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        Self::fail()
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        Self::fail()
     }
 }
 
@@ -222,6 +381,37 @@ mod tests {
         drive.stop_log();
         write(0);
         assert_eq!(drive.dirty(), 0);
+    }
+
+    #[test]
+    fn zeros_that_are_written_can_be_found() {
+        let image = Memory::new(CHUNK);
+        let drive = Drive::new("d0".to_owned(), Box::new(image.clone()));
+        let drive = drive.with_policy(Policy {
+            zeroes: Zeroes::On,
+            ..Policy::default()
+        });
+        let write = |bytes: &[u8]| {
+            let (one, other) = bytes.split_at(512);
+            let mut pieces = vec![Out::from(one), Out::from(other)];
+            drive.write(0, &mut pieces).unwrap();
+        };
+        write(&[7; 1024]);
+        let mut mixed = [0; 1024];
+        mixed[1023] = 1;
+        write(&mixed);
+        assert_eq!(image.zeroed(), 0);
+        write(&[0; 1024]);
+        assert_eq!((image.zeroed(), image.bytes()[1023]), (1, 0));
+    }
+
+    #[test]
+    fn a_drive_whose_image_was_taken_out_is_empty() {
+        let drive = drive(CHUNK);
+        drive.delete();
+        assert!(drive.is_empty() && drive.is_deleted());
+        let error = drive.write(0, &mut vec![Out::from(&[1; 512][..])]);
+        assert_eq!(error.unwrap_err().raw_os_error(), Some(libc::ENOMEDIUM));
     }
 
     #[test]

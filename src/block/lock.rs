@@ -12,6 +12,7 @@ use std::os::fd::AsFd;
 use nix::errno::Errno as Failed;
 use nix::fcntl::{FcntlArg, fcntl};
 
+use super::OpenError;
 use crate::errno::Errno;
 
 /// Why an image could not be locked, in QEMU's words.
@@ -33,6 +34,9 @@ pub enum LockError {
         /// Why.
         source: io::Error,
     },
+    /// What is in the image now can not be used.
+    #[error(transparent)]
+    Image(#[from] OpenError),
 }
 
 impl LockError {
@@ -42,17 +46,48 @@ impl LockError {
     }
 }
 
-/// Locks an image that is read, and written too if `writes`, and that nobody else may write.
+/// What an image is locked for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Use {
+    /// It is written, not only read.
+    pub(super) writes: bool,
+    /// Its length is a matter of who has it: the file grows with its format, or is behind another.
+    pub(super) resizes: bool,
+}
+
+impl Use {
+    /// Permissions that are used.
+    fn used(self) -> impl Iterator<Item = i64> {
+        let all = [
+            (READ, true),
+            (WRITE, self.writes),
+            (RESIZE, self.writes && self.resizes),
+        ];
+        all.into_iter()
+            .filter(|(_, is)| *is)
+            .map(|(permission, _)| permission)
+    }
+
+    /// Permissions that nobody else may use.
+    fn unshared(self) -> impl Iterator<Item = i64> {
+        let all = [(WRITE, true), (RESIZE, self.resizes)];
+        all.into_iter()
+            .filter(|(_, is)| *is)
+            .map(|(permission, _)| permission)
+    }
+}
+
+/// Locks an image that nobody else may write.
 ///
 /// # Errors
 /// Then nothing is locked.
-pub(super) fn take(file: &File, path: &str, writes: bool) -> Result<(), LockError> {
-    let used = if writes { &[READ, WRITE][..] } else { &[READ] };
-    let own = used.iter().map(|use_of| USED + use_of);
-    let result = own
-        .chain([UNSHARED + WRITE])
+pub(super) fn take(file: &File, path: &str, wanted: Use) -> Result<(), LockError> {
+    let used = wanted.used().map(|permission| USED + permission);
+    let unshared = wanted.unshared().map(|permission| UNSHARED + permission);
+    let result = used
+        .chain(unshared)
         .try_for_each(|byte| lock(file, byte))
-        .and_then(|()| check(file, path, used));
+        .and_then(|()| check(file, path, wanted));
     result.inspect_err(|_| leave(file))
 }
 
@@ -65,23 +100,29 @@ pub(super) fn leave(file: &File) {
     );
 }
 
-fn check(file: &File, path: &str, used: &[i64]) -> Result<(), LockError> {
+fn check(file: &File, path: &str, wanted: Use) -> Result<(), LockError> {
     let held = |lock| LockError::Held {
         lock,
         path: path.to_owned(),
     };
-    for use_of in used {
-        if is_held(file, UNSHARED + use_of)? {
-            return Err(held(match *use_of {
+    for permission in wanted.used() {
+        if is_held(file, UNSHARED + permission)? {
+            return Err(held(match permission {
                 WRITE => "\"write\"",
+                RESIZE => "\"resize\"",
                 _ => "\"consistent read\"",
             }));
         }
     }
-    match is_held(file, USED + WRITE)? {
-        true => Err(held("shared \"write\"")),
-        false => Ok(()),
+    for permission in wanted.unshared() {
+        if is_held(file, USED + permission)? {
+            return Err(held(match permission {
+                WRITE => "shared \"write\"",
+                _ => "shared \"resize\"",
+            }));
+        }
     }
+    Ok(())
 }
 
 fn lock(file: &File, byte: i64) -> Result<(), LockError> {
@@ -120,6 +161,7 @@ fn at(kind: libc::c_int, byte: i64, len: i64) -> libc::flock {
 /// Permissions.
 const READ: i64 = 0;
 const WRITE: i64 = 1;
+const RESIZE: i64 = 3;
 /// Where the bytes of permissions in use begin.
 const USED: i64 = 100;
 /// Where the bytes of permissions that are not shared begin.
@@ -142,21 +184,25 @@ mod tests {
                 .unwrap()
         };
         let (a, b, c) = (open(), open(), open());
-        let refused = |file: &File, writes| take(file, "x.img", writes).unwrap_err().line();
-        take(&a, "x.img", true).unwrap();
+        let take = |file: &File, writes| {
+            let resizes = false;
+            super::take(file, "x.img", Use { writes, resizes })
+        };
+        let refused = |file: &File, writes| take(file, writes).unwrap_err().line();
+        take(&a, true).unwrap();
         // What one has does not keep it from asking again.
-        take(&a, "x.img", true).unwrap();
+        take(&a, true).unwrap();
         assert_eq!(
             refused(&b, true),
             "Failed to get \"write\" lock. Is another process using the image [x.img]?"
         );
         assert!(refused(&b, false).starts_with("Failed to get shared \"write\" lock. "));
         leave(&a);
-        take(&b, "x.img", false).unwrap();
-        take(&c, "x.img", false).unwrap();
+        take(&b, false).unwrap();
+        take(&c, false).unwrap();
         assert!(refused(&a, true).starts_with("Failed to get \"write\" lock. "));
         leave(&b);
         drop(c);
-        take(&a, "x.img", true).unwrap();
+        take(&a, true).unwrap();
     }
 }

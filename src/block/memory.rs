@@ -16,6 +16,7 @@ pub(crate) struct Memory {
     reads: Arc<AtomicI64>,
     writes: Arc<AtomicI64>,
     is_read_only: bool,
+    zeroed: Arc<AtomicI64>,
 }
 
 impl Memory {
@@ -26,7 +27,13 @@ impl Memory {
             reads: Arc::new(AtomicI64::new(-1)),
             writes: Arc::new(AtomicI64::new(-1)),
             is_read_only: false,
+            zeroed: Arc::default(),
         }
+    }
+
+    /// How often some of it was made zero.
+    pub(crate) fn zeroed(&self) -> i64 {
+        self.zeroed.load(Ordering::SeqCst)
     }
 
     /// The same image, as one that may not be written.
@@ -93,6 +100,7 @@ impl Backend for Memory {
 
     fn zero(&self, offset: u64, len: u64, _may_unmap: bool) -> io::Result<()> {
         Self::count(&self.writes, libc::ENOSPC)?;
+        self.zeroed.fetch_add(1, Ordering::SeqCst);
         self.bytes()[offset as usize..][..len as usize].fill(0);
         Ok(())
     }

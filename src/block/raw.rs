@@ -1,99 +1,55 @@
 //! A raw image: a file or a block device whose bytes are the disk's.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
-use std::path::Path;
+use std::os::unix::fs::FileExt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
-use super::lock::{self, LockError};
-use super::{Backend, SECTOR};
-use crate::errno::Errno;
+use super::lock::{self, LockError, Use};
+use super::{Backend, Layer, OpenError, OpenOptions, SECTOR, probe};
+use crate::config::Format;
 use crate::iov::{self, In, Out};
 
 /// A raw image, open.
 #[derive(Debug)]
 pub struct Raw {
     file: File,
-    /// As it was given, for messages.
-    name: String,
-    /// Whether it is locked at all.
-    locks: bool,
-    sectors: u64,
-    is_read_only: bool,
+    options: OpenOptions,
+    /// Bytes of the file.
+    len: AtomicU64,
     /// Nobody has said that the image is raw: it was found not to be anything else.
     is_guessed: bool,
 }
 
-/// Why an image was not opened, in QEMU's words.
-#[derive(Debug, thiserror::Error)]
-pub enum OpenError {
-    /// The host says no.
-    #[error("Could not open '{path}': {}", Errno(.source))]
-    Host {
-        /// The image.
-        path: String,
-        /// Why.
-        source: io::Error,
-    },
-    /// A directory, a pipe, a socket.
-    #[error("'file' driver requires '{0}' to be a regular file")]
-    Kind(String),
-    /// It was not said that the image is raw, and it is not.
-    #[error("format={0}: not built in this version")]
-    Format(&'static str),
-}
-
 impl Raw {
-    /// Opens an image; with `locks` it is locked when it is claimed. With `is_guessed` it is looked
-    /// at first, because nobody has said that it is raw, and the guest can not make another format of it by what it writes to its beginning.
+    /// An image in that file. With `is_guessed` nobody has said that it is raw, and the guest can not
+    /// make another format of it by what it writes to its beginning.
     ///
     /// # Errors
-    /// It is not there, can not be opened, or is something else.
-    pub fn open(
-        path: &Path,
-        is_read_only: bool,
+    /// Its length can not be found.
+    pub(super) fn new(
+        mut file: File,
+        options: OpenOptions,
         is_guessed: bool,
-        locks: bool,
     ) -> Result<Self, OpenError> {
-        let name = path.display().to_string();
-        let failed = |source| OpenError::Host {
-            path: name.clone(),
+        let len = file.seek(SeekFrom::End(0));
+        let len = len.map_err(|source| OpenError::Host {
+            path: options.name(),
             source,
-        };
-        // Before it is opened: opening a pipe would wait.
-        let kind = path.metadata().map_err(failed)?.file_type();
-        if !kind.is_file() && !kind.is_block_device() {
-            return Err(OpenError::Kind(name));
-        }
-        let mut file = OpenOptions::new()
-            .read(true)
-            .write(!is_read_only)
-            .open(path)
-            .map_err(failed)?;
-        let len = file.seek(SeekFrom::End(0)).map_err(failed)?;
-        if is_guessed {
-            let mut head = [0; SECTOR as usize];
-            let known = &mut head[..len.min(SECTOR) as usize];
-            file.read_exact_at(known, 0).map_err(failed)?;
-            if let Some(format) = format_of(&head) {
-                return Err(OpenError::Format(format));
-            }
-        }
+        })?;
         Ok(Self {
             file,
-            name,
-            locks,
-            sectors: len.div_ceil(SECTOR),
-            is_read_only,
+            options,
+            len: len.into(),
             is_guessed,
         })
     }
 
     fn check_write(&self) -> io::Result<()> {
-        if self.is_read_only {
+        if self.options.is_read_only {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
         Ok(())
@@ -108,7 +64,7 @@ impl Raw {
             }
         }
         head.resize(SECTOR as usize, 0);
-        match format_of(&head) {
+        match probe::mark(&head) {
             None => Ok(()),
             Some(_) => Err(io::ErrorKind::PermissionDenied.into()),
         }
@@ -117,23 +73,32 @@ impl Raw {
 
 impl Backend for Raw {
     fn sectors(&self) -> u64 {
-        self.sectors
+        self.len.load(Ordering::SeqCst).div_ceil(SECTOR)
     }
 
-    fn allocated(&self) -> u64 {
-        self.file
-            .metadata()
-            .map_or(0, |metadata| metadata.blocks() * SECTOR)
+    fn layers(&self) -> Vec<Layer> {
+        vec![Layer {
+            file: self.options.name(),
+            format: Format::Raw,
+            len: self.sectors() * SECTOR,
+            allocated: probe::allocated(&self.file),
+            behind: None,
+        }]
     }
 
     fn is_read_only(&self) -> bool {
-        self.is_read_only
+        self.options.is_read_only
     }
 
     fn read(&self, offset: u64, rooms: &mut Vec<In<'_>>) -> io::Result<()> {
         let mut offset = offset;
         while !rooms.is_empty() {
             let count = match iov::read_at(self.file.as_fd(), rooms, offset) {
+                // Somebody has cut the file off: what was there is lost, not zero.
+                Ok(0) if offset < self.len.load(Ordering::SeqCst) => {
+                    let text = "the image is shorter than it was";
+                    return Err(io::Error::new(io::ErrorKind::UnexpectedEof, text));
+                }
                 Ok(0) => {
                     rooms.iter_mut().for_each(In::zero);
                     return Ok(());
@@ -213,22 +178,41 @@ impl Backend for Raw {
         Ok(())
     }
 
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.check_write()?;
+        let hole = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
+        // What can not be given back stays.
+        let _ = fallocate(&self.file, hole, offset, len);
+        Ok(())
+    }
+
+    fn resize(&self, len: u64) -> io::Result<()> {
+        self.check_write()?;
+        self.file.set_len(len)?;
+        self.len.store(len, Ordering::SeqCst);
+        Ok(())
+    }
+
     fn claim(&self) -> Result<(), LockError> {
-        match self.locks {
-            true => lock::take(&self.file, &self.name, !self.is_read_only),
+        let wanted = Use {
+            writes: !self.options.is_read_only,
+            resizes: false,
+        };
+        match self.options.locks {
+            true => lock::take(&self.file, &self.options.name(), wanted),
             false => Ok(()),
         }
     }
 
     fn release(&self) {
-        if self.locks {
+        if self.options.locks {
             lock::leave(&self.file);
         }
     }
 
     fn flush(&self) -> io::Result<()> {
         // There is nothing to be flushed.
-        if self.is_read_only {
+        if self.options.is_read_only {
             return Ok(());
         }
         self.file.sync_data()
@@ -238,36 +222,13 @@ impl Backend for Raw {
 /// Most zeros written at once.
 const ZEROS: u64 = 1 << 20;
 
-/// The image format whose mark `head` bears.
-fn format_of(head: &[u8]) -> Option<&'static str> {
-    let known = FORMATS
-        .iter()
-        .find(|(_, at, mark)| head.get(*at..at + mark.len()) == Some(mark));
-    known.map(|(name, ..)| *name)
-}
-
-/// Formats, and where their marks stand.
-const FORMATS: [(&str, usize, &[u8]); 13] = [
-    ("qcow2", 0, b"QFI\xfb"),
-    ("qed", 0, b"QED\0"),
-    ("vmdk", 0, b"KDMV"),
-    ("vmdk", 0, b"COWD"),
-    ("vmdk", 0, b"# Disk DescriptorFile"),
-    ("vpc", 0, b"conectix"),
-    ("vhdx", 0, b"vhdxfile"),
-    ("vdi", 0x40, b"\x7f\x10\xda\xbe"),
-    ("luks", 0, b"LUKS\xba\xbe"),
-    ("parallels", 0, b"WithoutFreeSpace"),
-    ("parallels", 0, b"WithouFreSpacExt"),
-    ("bochs", 0, b"Bochs Virtual HD Image"),
-    ("cloop", 0, b"#!/bin/sh\n#V2.0 Format\n"),
-];
-
 #[cfg(test)]
 mod tests {
     use std::io::Write;
+    use std::path::Path;
 
     use super::*;
+    use crate::block::open;
 
     fn image(bytes: &[u8]) -> tempfile::NamedTempFile {
         let mut file = tempfile::NamedTempFile::new().unwrap();
@@ -275,10 +236,33 @@ mod tests {
         file
     }
 
+    fn options(path: &Path, format: Option<Format>) -> OpenOptions {
+        OpenOptions {
+            path: path.to_owned(),
+            format,
+            is_read_only: false,
+            locks: true,
+            is_direct: false,
+        }
+    }
+
+    fn raw(path: &Path) -> Box<dyn Backend> {
+        open(options(path, Some(Format::Raw))).unwrap()
+    }
+
+    fn reader(path: &Path) -> Box<dyn Backend> {
+        let options = options(path, Some(Format::Raw));
+        open(OpenOptions {
+            is_read_only: true,
+            ..options
+        })
+        .unwrap()
+    }
+
     #[test]
     fn a_last_sector_in_part_counts_and_reads_as_zero() {
         let file = image(&[7; 1000]);
-        let raw = Raw::open(file.path(), false, false, true).unwrap();
+        let raw = raw(file.path());
         assert_eq!(raw.sectors(), 2);
         let (mut a, mut b) = ([1; 100], [1; 924]);
         let mut rooms = vec![In::from(&mut a[..]), In::from(&mut b[..])];
@@ -302,7 +286,7 @@ mod tests {
     #[test]
     fn many_pieces_take_several_calls() {
         let file = image(&[]);
-        let raw = Raw::open(file.path(), false, false, true).unwrap();
+        let raw = raw(file.path());
         let bytes: Vec<u8> = (0..3000u32).map(|n| n as u8).collect();
         let mut pieces: Vec<Out<'_>> = bytes.chunks(1).map(Out::from).collect();
         raw.write(0, &mut pieces).unwrap();
@@ -315,9 +299,8 @@ mod tests {
     #[test]
     fn what_can_not_be_opened_is_named() {
         let refused = |path: &str| {
-            Raw::open(Path::new(path), true, true, true)
-                .unwrap_err()
-                .to_string()
+            let refused = open(options(Path::new(path), None)).err();
+            refused.unwrap().to_string()
         };
         assert_eq!(
             refused("/proc/self/none"),
@@ -335,20 +318,35 @@ mod tests {
 
     #[test]
     fn a_guessed_image_stays_what_it_was_taken_for() {
-        let file = image(b"QFI\xfb and more");
-        let error = Raw::open(file.path(), false, true, true).unwrap_err();
-        assert_eq!(error.to_string(), "format=qcow2: not built in this version");
-        Raw::open(file.path(), false, false, true).unwrap();
+        let file = image(b"QED\0 and more");
+        let error = open(options(file.path(), None)).err().unwrap();
+        assert_eq!(error.to_string(), "format=qed: not built in this version");
+        raw(file.path());
 
         let file = image(&[0; 1024]);
-        let raw = Raw::open(file.path(), false, true, true).unwrap();
+        let raw = open(options(file.path(), None)).unwrap();
         let qcow = b"QFI\xfb";
         let refused = raw.write(0, &mut vec![Out::from(&qcow[..])]);
         assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
         raw.write(512, &mut vec![Out::from(&qcow[..])]).unwrap();
-        let raw = Raw::open(file.path(), true, false, true).unwrap();
+        let raw = reader(file.path());
         assert!(raw.write(512, &mut vec![Out::from(&qcow[..])]).is_err());
         assert!(raw.zero(512, 4, false).is_err());
         raw.flush().unwrap();
+    }
+
+    #[test]
+    fn what_was_cut_off_is_lost_and_not_zero() {
+        let file = image(&[7; 2048]);
+        let raw = raw(file.path());
+        file.as_file().set_len(1024).unwrap();
+        let mut bytes = [0; 1024];
+        let mut read = |at| raw.read(at, &mut vec![In::from(&mut bytes[..])]);
+        read(0).unwrap();
+        let error = read(512).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
+        raw.resize(4096).unwrap();
+        assert_eq!(raw.sectors(), 8);
+        read(3072).unwrap();
     }
 }

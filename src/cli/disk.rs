@@ -4,7 +4,7 @@ use super::Error;
 use super::draft::Draft;
 use super::keyval::KeyVal;
 use super::memory::check_id;
-use crate::config::{DiskConfig, DriveConfig, OnError, SLOTS};
+use crate::config::{Cache, DiskConfig, DriveConfig, Format, OnError, SLOTS, Zeroes};
 use crate::units::parse_switch;
 
 type Answer = Result<(), String>;
@@ -62,20 +62,35 @@ pub(super) fn drive(draft: &mut Draft, value: &str) -> Answer {
         Some(other) => return Err(format!("unsupported bus type '{other}'")),
     };
     let format = list.take("format").or_else(|| list.take("driver"));
-    match format.as_deref() {
-        None | Some("raw") => {}
-        Some(other) if FORMATS.contains(&other) => {
-            return Err(format!("format={other}: not built in this version"));
+    let format = match format.as_deref() {
+        None => None,
+        Some(name) => Some(match Format::from_name(name) {
+            Some(format) => format,
+            None if FORMATS.contains(&name) => {
+                return Err(format!("format={name}: not built in this version"));
+            }
+            None => return Err(format!("Unknown driver '{name}'")),
+        }),
+    };
+    let cache = cache(&mut list)?;
+    let discards = match list.take("discard").as_deref() {
+        None | Some("ignore" | "off") => false,
+        Some("unmap" | "on") => true,
+        Some(_) => return Err("Invalid discard option".to_owned()),
+    };
+    let zeroes = match list.take("detect-zeroes").as_deref() {
+        None | Some("off") => Zeroes::Off,
+        Some("on") => Zeroes::On,
+        Some("unmap") if discards => Zeroes::Unmap,
+        Some("unmap") => {
+            return Err(
+                "setting detect-zeroes to unmap is not allowed without setting discard \
+                        operation to unmap"
+                    .to_owned(),
+            );
         }
-        Some(other) => return Err(format!("Unknown driver '{other}'")),
-    }
-    match list.take("cache").as_deref() {
-        None | Some("writeback") => {}
-        Some(other @ ("none" | "off" | "directsync" | "unsafe" | "writethrough")) => {
-            return Err(format!("cache={other}: not built in this version"));
-        }
-        Some(_) => return Err("invalid cache option".to_owned()),
-    }
+        Some(other) => return Err(format!("invalid parameter value: {other}")),
+    };
     let locks = match list.take("file.locking").as_deref() {
         None | Some("auto" | "on") => true,
         Some("off") => false,
@@ -124,13 +139,67 @@ pub(super) fn drive(draft: &mut Draft, value: &str) -> Answer {
             id: id.unwrap_or(name),
             file: file.into(),
             is_read_only,
-            is_guessed: format.is_none(),
+            format,
+            cache,
+            discards,
+            zeroes,
             locks,
             option: draft.option.clone(),
         },
         on_error,
     });
     Ok(())
+}
+
+/// A drive for `drive_add`, beside those of these names.
+///
+/// # Errors
+/// The text says what is wrong with it.
+pub fn hot_drive(options: &str, names: &[String]) -> Result<DriveConfig, String> {
+    let mut draft = Draft::default();
+    drive(&mut draft, options)?;
+    let Some(DriveDraft {
+        interface, drive, ..
+    }) = draft.drives.pop()
+    else {
+        return Err("A block device must be specified for \"file\"".to_owned());
+    };
+    if names.contains(&drive.id) {
+        return Err(format!("Duplicate ID '{}' for drive", drive.id));
+    }
+    match interface {
+        // QEMU's number of the interface.
+        Interface::Virtio => Err("Can't hot-add drive to type 7".to_owned()),
+        Interface::None | Interface::Open => Ok(drive),
+    }
+}
+
+/// `cache=` and what it stands for.
+fn cache(list: &mut KeyVal) -> Result<Cache, String> {
+    let [is_writeback, is_direct, ignores_flushes] = match list.take("cache").as_deref() {
+        None | Some("writeback") => [true, false, false],
+        Some("none" | "off") => [true, true, false],
+        Some("writethrough") => [false, false, false],
+        Some("directsync") => [false, true, false],
+        Some("unsafe") => [true, false, true],
+        Some(_) => return Err("invalid cache option".to_owned()),
+    };
+    let mut cache = Cache {
+        is_writeback,
+        is_direct,
+        ignores_flushes,
+    };
+    for (key, switch) in [
+        ("cache.writeback", &mut cache.is_writeback),
+        ("cache.direct", &mut cache.is_direct),
+        ("cache.no-flush", &mut cache.ignores_flushes),
+    ] {
+        if let Some(value) = list.take(key) {
+            *switch = parse_switch(&value)
+                .ok_or_else(|| format!("Parameter '{key}' expects 'on' or 'off'"))?;
+        }
+    }
+    Ok(cache)
 }
 
 /// `-device`.
@@ -277,21 +346,20 @@ const DISK: &str = "virtio-blk-device";
 
 /// Formats and protocols of QEMU's that this version does not build.
 #[rustfmt::skip]
-const FORMATS: [&str; 36] = [
+const FORMATS: [&str; 35] = [
     "blkdebug", "blklogwrites", "blkreplay", "blkverify", "bochs", "cloop", "copy-before-write",
     "copy-on-read", "curl", "dmg", "file", "ftp", "ftps", "gluster", "host_cdrom", "host_device",
     "http", "https", "iscsi", "luks", "nbd", "nfs", "null-aio", "null-co", "nvme", "parallels",
-    "preallocate", "qcow", "qcow2", "qed", "quorum", "rbd", "vdi", "vhdx", "vmdk", "vpc",
+    "preallocate", "qcow", "qed", "quorum", "rbd", "vdi", "vhdx", "vmdk", "vpc",
 ];
 
 /// Options of a drive that QEMU has and this version does not build.
 #[rustfmt::skip]
-const OTHER_DRIVE_OPTIONS: [&str; 31] = [
+const OTHER_DRIVE_OPTIONS: [&str; 26] = [
     "aio", "auto-read-only", "bps", "bps_max", "bps_rd", "bps_wr", "bus", "copy-on-read",
-    "detect-zeroes", "discard", "force-share", "group", "index", "iops", "iops_max", "iops_rd",
-    "iops_size", "iops_wr", "locking", "node-name", "offset", "serial", "size", "snapshot",
-    "stats-account-failed", "stats-account-invalid", "unit", "cache.direct", "cache.no-flush",
-    "cache.writeback", "format.name",
+    "force-share", "format.name", "group", "index", "iops", "iops_max", "iops_rd", "iops_size",
+    "iops_wr", "locking", "node-name", "offset", "serial", "size", "snapshot",
+    "stats-account-failed", "stats-account-invalid", "unit",
 ];
 
 /// Properties of the disk that QEMU has and this version does not build.
@@ -358,8 +426,31 @@ mod tests {
         );
         let machine = config("-drive file=a,readonly=on").machine;
         let drive = &machine.drives[0];
-        assert!(drive.is_read_only && drive.is_guessed);
+        assert!(drive.is_read_only && drive.format.is_none());
         assert_eq!(drive.option, "-drive file=a,readonly=on");
+    }
+
+    #[test]
+    fn caches_are_qemus() {
+        let cache = |more: &str| {
+            let drive = &config(&format!("-drive file=a,{more}")).machine.drives[0];
+            let cache = drive.cache;
+            [cache.is_writeback, cache.is_direct, cache.ignores_flushes]
+        };
+        for (option, expected) in [
+            ("format=qcow2", [true, false, false]),
+            ("cache=writeback", [true, false, false]),
+            ("cache=none", [true, true, false]),
+            ("cache=writethrough", [false, false, false]),
+            ("cache=directsync", [false, true, false]),
+            ("cache=unsafe", [true, false, true]),
+            (
+                "cache=none,cache.direct=off,cache.no-flush=on",
+                [true, false, true],
+            ),
+        ] {
+            assert_eq!(cache(option), expected, "{option}");
+        }
     }
 
     #[test]
@@ -399,8 +490,18 @@ mod tests {
             (format!("{d0} {d0}"), "Duplicate ID 'd0' for drive"),
             (format!("{d0},cache=foo"), "invalid cache option"),
             (
-                format!("{d0},cache=none"),
-                "cache=none: not built in this version",
+                format!("{d0},cache.direct=x"),
+                "Parameter 'cache.direct' expects 'on' or 'off'",
+            ),
+            (format!("{d0},discard=x"), "Invalid discard option"),
+            (
+                format!("{d0},detect-zeroes=x"),
+                "invalid parameter value: x",
+            ),
+            (
+                format!("{d0},detect-zeroes=unmap"),
+                "setting detect-zeroes to unmap is not allowed without setting discard operation \
+                 to unmap",
             ),
             (
                 format!("{d0},aio=native"),
@@ -421,8 +522,8 @@ mod tests {
             ),
             (format!("{d0},format=foo"), "Unknown driver 'foo'"),
             (
-                format!("{d0},format=qcow2"),
-                "format=qcow2: not built in this version",
+                format!("{d0},format=qed"),
+                "format=qed: not built in this version",
             ),
             (format!("{d0},if=foo"), "unsupported bus type 'foo'"),
             (

@@ -117,6 +117,7 @@ impl Control {
     fn renew_machine(&self) -> Result<(), Error> {
         let fresh = build_machine(&self.config, &self.chardevs, &self.events)?;
         fresh.set_run_state(RunState::InMigrate);
+        fresh.adopt_drives(&self.machine());
         *lock(&self.machine) = fresh;
         Ok(())
     }

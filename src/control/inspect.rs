@@ -3,8 +3,9 @@
 use std::sync::Arc;
 
 use super::{Control, Error};
-use crate::block::{Backend, Drive, Fault, Operations};
+use crate::block::{Backend, Drive, Fault, Layer, Limits, Operations};
 use crate::chardev::Ringbuf;
+use crate::config::{Cache, Zeroes};
 use crate::vm::guest::Guest;
 use crate::vm::machine::{MapEntry, Registers};
 use crate::vm::memory::PAGE_SIZE;
@@ -46,24 +47,24 @@ pub struct ChardevInfo {
 /// A drive, for `info block`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DriveInfo {
-    /// Its name.
+    /// Its name; empty if its image was taken out.
     pub id: String,
-    /// Number of the node of its format; that of its file is one less.
-    pub node: usize,
-    /// Its image, as it was given.
-    pub file: String,
-    /// Format of the image.
-    pub format: &'static str,
+    /// How many nodes there are of drives before it; each of its layers has two, file and format.
+    pub nodes_before: usize,
+    /// Its image and what is behind it.
+    pub layers: Vec<Layer>,
+    /// `cache=`.
+    pub cache: Cache,
+    /// `detect-zeroes=`.
+    pub zeroes: Zeroes,
+    /// `block_set_io_throttle`.
+    pub limits: Limits,
     /// Whether nothing may be written.
     pub is_read_only: bool,
     /// The disk that uses it.
     pub disk: Option<String>,
     /// Why it has stopped the guest, in QEMU's word.
     pub fault: Option<&'static str>,
-    /// Bytes that a disk sees.
-    pub len: u64,
-    /// Bytes that it takes on the host.
-    pub allocated: u64,
 }
 
 /// What a drive has done, for `info blockstats`.
@@ -81,23 +82,36 @@ pub struct DriveStats {
     pub idle: u64,
 }
 
+/// The name of a drive; one that was taken out has none any more.
+fn name(drive: &Drive) -> String {
+    match drive.is_deleted() {
+        true => String::new(),
+        false => drive.id().to_owned(),
+    }
+}
+
 impl Control {
     /// Drives, in the order they were given.
     pub fn drives(&self) -> Vec<DriveInfo> {
         let machine = self.machine();
-        let config = &self.config.machine;
-        let info = |(index, drive): (usize, &Arc<Drive>)| DriveInfo {
-            id: drive.id().to_owned(),
-            node: 2 * index + 1,
-            file: config.drives[index].file.display().to_string(),
-            format: drive.image().format(),
-            is_read_only: drive.is_read_only(),
-            disk: config.disk_of(index),
-            fault: drive.fault().map(Fault::name),
-            len: drive.len(),
-            allocated: drive.image().allocated(),
+        let mut nodes = 0;
+        let info = |drive: &Arc<Drive>| {
+            let layers = drive.layers();
+            let nodes_before = nodes;
+            nodes += 2 * layers.len();
+            DriveInfo {
+                id: name(drive),
+                nodes_before,
+                layers,
+                cache: drive.policy().cache,
+                zeroes: drive.policy().zeroes,
+                limits: drive.throttle().limits(),
+                is_read_only: drive.is_read_only(),
+                disk: drive.disk().map(str::to_owned),
+                fault: drive.fault().map(Fault::name),
+            }
         };
-        machine.drives().iter().enumerate().map(info).collect()
+        machine.drives().iter().map(info).collect()
     }
 
     /// What the drives have done.
@@ -107,7 +121,7 @@ impl Control {
             let stats = drive.stats();
             let all = [&stats.reads, &stats.writes, &stats.flushes];
             DriveStats {
-                id: drive.id().to_owned(),
+                id: name(drive),
                 bytes: [stats.reads.bytes(), stats.writes.bytes()],
                 operations: all.map(Operations::count),
                 nanoseconds: all.map(Operations::nanoseconds),

@@ -6,6 +6,7 @@ use std::time::SystemTime;
 
 use super::job::{Brake, Gone, IN_PROGRESS};
 use super::{Control, Error, NamedFds};
+use crate::migration::block;
 use crate::migration::channel::{self, Prepared};
 use crate::migration::clock::{Clock, HostClock};
 use crate::migration::source::{Limits, Outgoing};
@@ -136,8 +137,10 @@ impl Control {
         let outgoing = Outgoing {
             guest: &*machine,
             limits: &|| self.limits(),
-            block: self.settings.block(),
-            zero_blocks: self.settings.zero_blocks(),
+            block: self.settings.block().then(|| block::Options {
+                zeros: self.settings.zero_blocks(),
+                incremental: self.settings.block_incremental(),
+            }),
             return_path: self.settings.return_path(),
             dialect: self.settings.dialect(),
             board: &self.board,

@@ -11,10 +11,11 @@ mod load;
 mod save;
 
 pub use load::BlockLoad;
-pub use save::BlockSave;
+pub use save::{BlockSave, Options};
 
 use std::sync::Arc;
 
+use super::manifest;
 use crate::block::{Backend, Drive, SECTOR};
 use crate::vm::guest::SectionHeader;
 use crate::vm::memory;
@@ -68,9 +69,9 @@ impl Record {
 }
 
 /// The drives that a migration with disks sends.
-pub fn sent(drives: &[Arc<Drive>]) -> impl Iterator<Item = &Arc<Drive>> {
-    let is_sent = |drive: &&Arc<Drive>| !drive.is_read_only() && !drive.is_empty();
-    drives.iter().filter(is_sent)
+pub fn sent(drives: Vec<Arc<Drive>>) -> impl Iterator<Item = Arc<Drive>> {
+    let is_sent = |drive: &Arc<Drive>| !drive.is_read_only() && !drive.is_empty();
+    drives.into_iter().filter(is_sent)
 }
 
 /// Locks a drive's image; the text says why that can not be.
@@ -80,9 +81,10 @@ fn claim(drive: &Drive) -> Result<(), String> {
     claimed.map_err(|error| format!("Disk '{id}' at the destination: {}", error.line()))
 }
 
-/// Whether a disk of that name and length (bytes) can be taken in; the text says why not. If it can,
-/// its image is locked.
-pub fn check(drives: &[Arc<Drive>], id: &str, len: u64) -> Result<(), String> {
+/// Whether a disk that is announced can be taken in; the text says why not. If it can, its image is
+/// locked.
+pub fn check(drives: &[Arc<Drive>], disk: &manifest::Disk) -> Result<(), String> {
+    let (id, len) = (disk.id.as_str(), disk.len);
     let Some(drive) = drives.iter().find(|drive| drive.id() == id) else {
         return Err(format!(
             "Disk '{}' exists only at the source; -b and -i need a -drive of the same id",
@@ -98,7 +100,20 @@ pub fn check(drives: &[Arc<Drive>], id: &str, len: u64) -> Result<(), String> {
             "Disk '{id}' is too small at the destination: {here} bytes of {len}"
         ));
     }
-    claim(drive)
+    claim(drive)?;
+    if disk.is_partial && !has_behind(drive) {
+        return Err(format!(
+            "Disk '{id}' is sent without what is behind its image (-i), and there is nothing behind \
+             the image at the destination"
+        ));
+    }
+    Ok(())
+}
+
+/// Whether the image has a backing file.
+fn has_behind(drive: &Drive) -> bool {
+    let layers = drive.layers();
+    layers.first().is_some_and(|top| top.behind.is_some())
 }
 
 /// Whether a chunk is all zero.

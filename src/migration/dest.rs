@@ -107,7 +107,7 @@ struct Arrival<'a> {
     order: Incoming<'a>,
     reader: Reader,
     ram: RamLoad<'a>,
-    block: BlockLoad<'a>,
+    block: BlockLoad,
     loader: Option<Box<dyn DeviceLoader + 'a>>,
     /// Device sections that have arrived, name and instance.
     seen: BTreeSet<(String, u32)>,

@@ -184,8 +184,8 @@ impl Guest for FakeGuest {
         self
     }
 
-    fn drives(&self) -> &[Arc<Drive>] {
-        &self.drives
+    fn drives(&self) -> Vec<Arc<Drive>> {
+        self.drives.clone()
     }
 
     fn claim_drives(&self) -> Result<(), Error> {

@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! blocks be16 | { name cstr | length be64 }… | sections be16 | { idstr cstr | instance be32 | version be32 }…
-//! | disks be16 | { name cstr | length be64 }…
+//! | disks be16 | { name cstr | length be64 | partial u8 }…
 //! ```
 //! Payload of the command MANIFEST (`docs/wire.md`). QEMU has nothing of the kind.
 
@@ -17,7 +17,18 @@ use crate::vm::guest::{Guest, SectionHeader, unknown_section};
 pub struct Manifest {
     blocks: Vec<(String, u64)>,
     sections: Vec<SectionHeader>,
-    disks: Vec<(String, u64)>,
+    disks: Vec<Disk>,
+}
+
+/// A disk that goes along.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Disk {
+    /// `id=` of its drive.
+    pub id: String,
+    /// Bytes.
+    pub len: u64,
+    /// What is only behind its image is not sent.
+    pub is_partial: bool,
 }
 
 impl Manifest {
@@ -35,18 +46,20 @@ impl Manifest {
     }
 
     /// With the disks that go with it.
-    pub fn with_disks(self, guest: &dyn Guest) -> Self {
-        let disks = block::sent(guest.drives());
+    pub fn with_disks(self, guest: &dyn Guest, options: block::Options) -> Self {
+        let disks = block::sent(guest.drives()).map(|drive| Disk {
+            id: drive.id().to_owned(),
+            len: drive.len(),
+            is_partial: options.is_partial(&drive),
+        });
         Self {
-            disks: disks
-                .map(|drive| (drive.id().to_owned(), drive.len()))
-                .collect(),
+            disks: disks.collect(),
             ..self
         }
     }
 
-    /// Names of the disks with their lengths in bytes.
-    pub fn disks(&self) -> &[(String, u64)] {
+    /// The disks.
+    pub fn disks(&self) -> &[Disk] {
         &self.disks
     }
 
@@ -61,7 +74,12 @@ impl Manifest {
             bytes.extend(section.version.to_be_bytes());
         }
         if !self.disks.is_empty() {
-            put_lengths(&self.disks, &mut bytes);
+            bytes.extend((self.disks.len() as u16).to_be_bytes());
+        }
+        for disk in &self.disks {
+            put_cstr(&disk.id, &mut bytes);
+            bytes.extend(disk.len.to_be_bytes());
+            bytes.push(disk.is_partial.into());
         }
         bytes
     }
@@ -81,7 +99,7 @@ impl Manifest {
         let sections = sections.collect::<Option<Vec<_>>>()?;
         let disks = match rest.0.is_empty() {
             true => Vec::new(),
-            false => rest.lengths().filter(|disks| !disks.is_empty())?,
+            false => rest.disks().filter(|disks| !disks.is_empty())?,
         };
         rest.0.is_empty().then_some(Self {
             blocks,
@@ -167,6 +185,23 @@ impl Rest<'_> {
             .collect()
     }
 
+    fn disks(&mut self) -> Option<Vec<Disk>> {
+        let count = self.be16()?;
+        let disks = (0..count).map(|_| {
+            let (id, len, [partial]) = (self.cstr()?, self.be64()?, self.array()?);
+            let is_partial = match partial {
+                0 | 1 => partial == 1,
+                _ => return None,
+            };
+            Some(Disk {
+                id,
+                len,
+                is_partial,
+            })
+        });
+        disks.collect()
+    }
+
     fn be16(&mut self) -> Option<u16> {
         self.array().map(u16::from_be_bytes)
     }
@@ -250,7 +285,11 @@ mod tests {
         let plain = sample().bytes();
         assert_eq!(Manifest::parse(&plain), Some(sample()));
         let sample = Manifest {
-            disks: vec![("hd0".to_owned(), 0x10_0000)],
+            disks: vec![Disk {
+                id: "hd0".to_owned(),
+                len: 0x10_0000,
+                is_partial: true,
+            }],
             ..sample()
         };
         let bytes = sample.bytes();

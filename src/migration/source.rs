@@ -11,7 +11,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Duration;
 
 use super::Error;
-use super::block::BlockSave;
+use super::block::{self, BlockSave};
 use super::channel::{Cancel, Channel, Fault};
 use super::clock::Clock;
 use super::configuration;
@@ -48,10 +48,9 @@ pub struct Outgoing<'a> {
     pub guest: &'a dyn Guest,
     /// The present limits.
     pub limits: &'a (dyn Fn() -> Limits + Sync),
-    /// Whether the disks go with it (`-b`).
-    pub block: bool,
-    /// Capability `zero-blocks`: whether chunks of zeros go as such to a stock destination.
-    pub zero_blocks: bool,
+    /// How the disks go with it (`-b`, `-i`), if they do. Between two hmpsh chunks of zeros always go
+    /// as such.
+    pub block: Option<block::Options>,
     /// Capability `return-path`; without effect on channels that have no way back.
     pub return_path: bool,
     /// Which records are sent.
@@ -127,7 +126,9 @@ impl<'a> Run<'a> {
         self.finish_block()?;
         self.finish_ram()?;
         // The destination locks them before it says that it is ready.
-        self.order.guest.release_drives(!self.order.block)?;
+        self.order
+            .guest
+            .release_drives(self.order.block.is_none())?;
         let sections = self.devices(before)?;
         self.hand_over(&sections)
     }
@@ -167,8 +168,8 @@ impl<'a> Run<'a> {
         })?;
         if self.peer == Peer::Hmpsh {
             let mut manifest = Manifest::of(self.order.guest);
-            if self.order.block {
-                manifest = manifest.with_disks(self.order.guest);
+            if let Some(options) = self.order.block {
+                manifest = manifest.with_disks(self.order.guest, options);
             }
             self.writer
                 .put(|to| Command::Manifest.put(&manifest.bytes(), to));
@@ -182,12 +183,15 @@ impl<'a> Run<'a> {
     }
 
     fn begin_block(&mut self) {
-        if self.order.block {
+        if let Some(options) = self.order.block {
             let block = self.block.insert(BlockSave::new(
                 self.order.guest.drives(),
                 self.order.clock,
                 self.order.dialect,
-                self.order.zero_blocks || self.peer == Peer::Hmpsh,
+                block::Options {
+                    zeros: options.zeros || self.peer == Peer::Hmpsh,
+                    ..options
+                },
             ));
             block.setup(&mut self.writer);
         }

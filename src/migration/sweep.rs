@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::Error;
+use super::block;
 use super::channel::Channel;
 use super::clock::HostClock;
 use super::dest::Incoming;
@@ -41,8 +42,8 @@ struct Setting {
     kind: Kind,
     limits: Limits,
     autostart: bool,
-    /// Whether the disks go along.
-    block: bool,
+    /// How the disks go along, if they do.
+    block: Option<block::Options>,
 }
 
 /// The two partners.
@@ -70,7 +71,7 @@ impl Setting {
             kind,
             limits,
             autostart: true,
-            block: false,
+            block: None,
         }
     }
 
@@ -105,7 +106,6 @@ fn migrate(source: &FakeGuest, dest: &FakeGuest, setting: &Setting) -> Outcome {
             guest: source,
             limits: &limits,
             block: setting.block,
-            zero_blocks: false,
             return_path: matches!(setting.kind, Kind::Hmpsh | Kind::Stock),
             dialect: Dialect::default(),
             board: &source_board,

@@ -6,6 +6,7 @@
 pub(super) mod block;
 pub(super) mod chardev;
 pub(super) mod cpu;
+pub(super) mod drives;
 pub(super) mod dump;
 pub(super) mod fd;
 pub(super) mod help;

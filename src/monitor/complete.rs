@@ -18,6 +18,8 @@ pub trait Context {
     fn parameter_values(&self, name: &str) -> Vec<String>;
     /// Ids of the character devices, and whether each is a ring buffer.
     fn chardevs(&self) -> Vec<(String, bool)>;
+    /// Ids of the drives.
+    fn drives(&self) -> Vec<String>;
     /// Names of the log items.
     fn log_items(&self) -> Vec<String>;
     /// Names in a directory (empty: the current one), and whether each is a directory itself.
@@ -162,6 +164,7 @@ fn candidates(
             .filter(|(_, is)| *is)
             .map(|(id, _)| id)
             .collect(),
+        Completion::Drive => context.drives(),
         Completion::LogItem => {
             let done = last.rfind(',').map_or("", |comma| &last[..=comma]);
             context
@@ -217,6 +220,9 @@ pub(crate) mod tests {
                 ("serial0".to_owned(), true),
                 ("compat_monitor0".to_owned(), false),
             ]
+        }
+        fn drives(&self) -> Vec<String> {
+            vec!["hd0".to_owned()]
         }
         fn log_items(&self) -> Vec<String> {
             vec!["none".to_owned(), "migration".to_owned()]

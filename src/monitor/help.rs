@@ -114,7 +114,7 @@ mod tests {
         assert!(
             text.lines()
                 .next()
-                .is_some_and(|line| line.starts_with("closefd "))
+                .is_some_and(|line| line.starts_with("block_resize "))
         );
     }
 }

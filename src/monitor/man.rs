@@ -76,11 +76,12 @@ fn escaped(text: &str) -> String {
 }
 
 /// Sections in the order of the page.
-const GROUPS: [&str; 6] = [
+const GROUPS: [&str; 7] = [
     "General",
     "Running",
     "Migration",
     "Inspection",
+    "Disks",
     "Character devices",
     "Logging",
 ];

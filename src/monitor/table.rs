@@ -127,6 +127,8 @@ pub enum Completion {
     Chardev,
     /// Character devices that are ring buffers.
     Ringbuf,
+    /// Drives.
+    Drive,
     /// Log items.
     LogItem,
 }

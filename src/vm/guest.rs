@@ -67,7 +67,7 @@ pub trait Guest: Send + Sync {
     fn dirty_log(&self) -> &dyn DirtyLog;
 
     /// Drives, in the order they were given.
-    fn drives(&self) -> &[Arc<Drive>];
+    fn drives(&self) -> Vec<Arc<Drive>>;
 
     /// Locks the images that its disks use, if they are not locked yet. [`Self::start`] does so too.
     fn claim_drives(&self) -> Result<(), Error>;

@@ -4,12 +4,13 @@
 //! `sections` saves it and `loader` loads it.
 
 mod disks;
+mod drives;
 mod loader;
 mod power;
 mod sections;
 
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, OnceLock, Weak};
+use std::sync::{Arc, Mutex, OnceLock, RwLock, Weak};
 
 use self::disks::Attached;
 use self::power::Reports;
@@ -44,7 +45,7 @@ pub struct Machine {
     // vCPUs end first: they use what follows.
     accel: Accel,
     map: Arc<Map>,
-    drives: Vec<Arc<Drive>>,
+    drives: RwLock<Vec<Arc<Drive>>>,
     attached: Vec<Attached>,
     log: MachineLog,
     bus: Arc<Bus>,
@@ -151,7 +152,7 @@ impl Machine {
             accel,
             log: MachineLog::new(Arc::clone(&map), vm),
             map,
-            drives,
+            drives: RwLock::new(drives),
             attached,
             bus,
             program,

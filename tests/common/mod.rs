@@ -30,3 +30,12 @@ pub(crate) fn poll<T>(patience: Duration, mut question: impl FnMut() -> Option<T
         std::thread::sleep(Duration::from_millis(10));
     }
 }
+
+/// Without the digits of nodes' names, which are random.
+pub(crate) fn without_node_digits(text: &str) -> String {
+    let mut parts = text.split("#block");
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |text, part| {
+        text + "#block" + part.trim_start_matches(|letter: char| letter.is_ascii_digit())
+    })
+}

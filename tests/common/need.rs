@@ -16,8 +16,12 @@ pub(crate) enum Need {
     Qemu7,
     /// QEMU 10.0: command line in `HMPSH_QEMU10`.
     Qemu10,
+    /// `qemu-img` and `qemu-io` in `PATH`.
+    QemuImg,
     /// IPv6 on the loopback interface.
     Ipv6,
+    /// Root's rights.
+    Root,
 }
 
 impl Need {
@@ -26,7 +30,9 @@ impl Need {
             Self::Kvm => "kvm",
             Self::Qemu7 => "qemu7",
             Self::Qemu10 => "qemu10",
+            Self::QemuImg => "qemu-img",
             Self::Ipv6 => "ipv6",
+            Self::Root => "root",
         }
     }
 
@@ -45,11 +51,22 @@ impl Need {
             Self::Qemu10 => qemu(self)
                 .is_none()
                 .then(|| "no QEMU 10.0 (HMPSH_QEMU10)".to_owned()),
+            Self::QemuImg => (!["qemu-img", "qemu-io"].into_iter().all(runs))
+                .then(|| "no qemu-img and qemu-io".to_owned()),
+            Self::Root => {
+                (!rustix::process::geteuid().is_root()).then(|| "only root may do that".to_owned())
+            }
             Self::Ipv6 => TcpListener::bind("[::1]:0")
                 .err()
                 .map(|error| format!("no IPv6 ([::1]: {error})")),
         }
     }
+}
+
+/// Whether a program of QEMU's is there.
+fn runs(program: &str) -> bool {
+    let told = Command::new(program).arg("--version").output();
+    told.is_ok_and(|told| told.status.success())
 }
 
 /// Whether everything in `needs` is there. If not, tells why the calling test is skipped, past
@@ -83,7 +100,7 @@ pub(crate) fn qemu(need: Need) -> Option<&'static [String]> {
     static QEMU7: OnceLock<Option<Vec<String>>> = OnceLock::new();
     static QEMU10: OnceLock<Option<Vec<String>>> = OnceLock::new();
     match need {
-        Need::Kvm | Need::Ipv6 => None,
+        Need::Kvm | Need::QemuImg | Need::Ipv6 | Need::Root => None,
         Need::Qemu7 => QEMU7
             .get_or_init(|| find("HMPSH_QEMU7", Some("qemu-system-x86_64"), "version 7.2"))
             .as_deref(),

@@ -292,6 +292,14 @@ impl Vmm {
         );
     }
 
+    /// Ends it, and waits for its end.
+    #[track_caller]
+    pub(crate) fn quit(&mut self) {
+        self.hmp.send("quit");
+        let ended = poll(PATIENCE, || self.child.try_wait().ok().flatten());
+        assert!(ended.is_some(), "it does not end; {}", self.said());
+    }
+
     /// A second session on another monitor (`-monitor` in the arguments).
     pub(crate) fn session(&self, socket: &Path) -> Hmp {
         poll(PATIENCE, || Hmp::connect(socket)).expect("a second monitor")

@@ -13,8 +13,8 @@ use crate::migration::stream::Reader;
 use crate::vm::guest::SectionHeader;
 
 /// The live section `block`.
-pub struct BlockLoad<'a> {
-    disks: Vec<Disk<'a>>,
+pub struct BlockLoad {
+    disks: Vec<Disk>,
     section_id: Option<u32>,
     is_complete: bool,
     /// What the source said last in front of the end.
@@ -26,21 +26,21 @@ pub struct BlockLoad<'a> {
 }
 
 /// A drive being filled; its image is locked from the first chunk on.
-struct Disk<'a> {
-    drive: &'a Drive,
+struct Disk {
+    drive: Arc<Drive>,
     /// A bit for each chunk that came; empty if none did.
     came: Vec<u64>,
 }
 
-impl<'a> BlockLoad<'a> {
+impl BlockLoad {
     /// Ready for a section that fills some of these drives.
-    pub fn new(drives: &'a [Arc<Drive>]) -> Self {
-        let disk = |drive: &'a Arc<Drive>| Disk {
+    pub fn new(drives: Vec<Arc<Drive>>) -> Self {
+        let disk = |drive| Disk {
             drive,
             came: Vec::new(),
         };
         Self {
-            disks: drives.iter().map(disk).collect(),
+            disks: drives.into_iter().map(disk).collect(),
             section_id: None,
             is_complete: false,
             percent: 0,
@@ -84,6 +84,7 @@ impl<'a> BlockLoad<'a> {
         if is_end {
             self.is_complete = true;
             self.chunk = Vec::new();
+            self.settle()?;
             // The end says 100 in any case, and with -i chunks are left out.
             if before < 100 {
                 return self.check_all_came();
@@ -133,7 +134,7 @@ impl<'a> BlockLoad<'a> {
 
     fn write(&mut self, index: usize, sector: u64, is_zero: bool) -> Result<(), Error> {
         let disk = &mut self.disks[index];
-        let (drive, id) = (disk.drive, disk.drive.id());
+        let (drive, id) = (&disk.drive, disk.drive.id());
         if drive.is_read_only() {
             let text = format!("Disk '{id}' can not be written here, and the source sends it");
             return Err(Error::Stream(text));
@@ -180,6 +181,18 @@ impl<'a> BlockLoad<'a> {
         Ok(())
     }
 
+    /// The source's guest may have been told that all of this is safe.
+    fn settle(&self) -> Result<(), Error> {
+        for disk in self.disks.iter().filter(|disk| !disk.came.is_empty()) {
+            let settled = disk.drive.settle();
+            settled.map_err(|error| {
+                let (id, why) = (disk.drive.id(), Errno(&error));
+                Error::Stream(format!("Writing disk '{id}': {why}"))
+            })?;
+        }
+        Ok(())
+    }
+
     /// The source has ended in front of the end of the bulk, or with the rest of it.
     fn check_all_came(&self) -> Result<(), Error> {
         let writable = self.disks.iter().filter(|disk| !disk.drive.is_read_only());
@@ -196,7 +209,7 @@ impl<'a> BlockLoad<'a> {
     }
 }
 
-impl Disk<'_> {
+impl Disk {
     /// From where to where chunks are missing.
     fn gap(&self) -> Option<String> {
         let is_missing = |number: &u64| {

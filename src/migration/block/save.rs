@@ -4,6 +4,7 @@
 //! taken out of the log before it is read, so a write that comes later is either in what we send or
 //! notes the chunk again.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -21,35 +22,54 @@ use crate::migration::stream::Writer;
 pub struct BlockSave<'a> {
     clock: &'a dyn Clock,
     dialect: Dialect,
-    disks: Vec<Disk<'a>>,
-    /// Whether a chunk of zeros goes as a record without bytes.
-    zeros: bool,
+    disks: Vec<Disk>,
+    options: Options,
     /// What was told last.
     percent: Option<u64>,
     chunk: Vec<u8>,
 }
 
+/// What is sent, and how.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Options {
+    /// A chunk of zeros goes as a record without bytes.
+    pub zeros: bool,
+    /// What is only behind an image stays here: the destination has it too.
+    pub incremental: bool,
+}
+
+impl Options {
+    /// Whether something of that drive stays here. Where nothing is behind an image, all of it goes:
+    /// who knows what the destination's image holds where this one holds nothing.
+    pub fn is_partial(self, drive: &Drive) -> bool {
+        self.incremental && super::has_behind(drive)
+    }
+}
+
 /// A drive being sent.
-struct Disk<'a> {
-    drive: &'a Drive,
+struct Disk {
+    drive: Arc<Drive>,
     /// The next chunk of the bulk.
     bulk: u64,
     /// Behind the chunk that was sent again last.
     dirty: u64,
+    /// What is only behind its image is not sent.
+    is_partial: bool,
 }
 
 impl<'a> BlockSave<'a> {
     /// All drives that can be written and are not empty; their writes are noted from here on.
     pub fn new(
-        drives: &'a [Arc<Drive>],
+        drives: Vec<Arc<Drive>>,
         clock: &'a dyn Clock,
         dialect: Dialect,
-        zeros: bool,
+        options: Options,
     ) -> Self {
-        let disk = |drive: &'a Arc<Drive>| Disk {
-            drive,
+        let disk = |drive: Arc<Drive>| Disk {
             bulk: 0,
             dirty: 0,
+            is_partial: options.is_partial(&drive),
+            drive,
         };
         let disks: Vec<_> = sent(drives).map(disk).collect();
         disks.iter().for_each(|disk| disk.drive.start_log());
@@ -57,7 +77,7 @@ impl<'a> BlockSave<'a> {
             clock,
             dialect,
             disks,
-            zeros,
+            options,
             percent: None,
             chunk: vec![0; CHUNK as usize],
         }
@@ -78,7 +98,7 @@ impl<'a> BlockSave<'a> {
 
     /// Bytes of chunks that have not been sent, or not since they were written to.
     pub fn pending(&self) -> u64 {
-        let pending = |disk: &Disk<'_>| {
+        let pending = |disk: &Disk| {
             let len = disk.drive.len();
             len.saturating_sub(disk.bulk * CHUNK) + (disk.drive.dirty() * CHUNK).min(len)
         };
@@ -143,16 +163,18 @@ impl<'a> BlockSave<'a> {
 
     /// Sends one chunk; false if there was none left.
     fn next(&mut self, writer: &mut Writer<'a>) -> Result<bool, Error> {
-        let is_left = |disk: &Disk<'_>| disk.bulk < disk.drive.chunks();
+        let is_left = |disk: &Disk| disk.bulk < disk.drive.chunks();
         if let Some(index) = self.disks.iter().position(is_left) {
             let (done, all) = self.bulk();
             self.tell(writer, done * 100 / all);
             let disk = &mut self.disks[index];
             let number = disk.bulk;
             disk.bulk += 1;
-            // What was written before now is in what is read now.
-            disk.drive.clear_dirty(number);
-            self.send(writer, index, number)?;
+            if !disk.is_partial || disk.has(number)? {
+                // What was written before now is in what is read now.
+                disk.drive.clear_dirty(number);
+                self.send(writer, index, number)?;
+            }
             if !self.is_bulk() {
                 self.tell(writer, 100);
             }
@@ -183,19 +205,14 @@ impl<'a> BlockSave<'a> {
     }
 
     fn send(&mut self, writer: &mut Writer<'a>, index: usize, number: u64) -> Result<(), Error> {
-        let drive = self.disks[index].drive;
+        let drive = Arc::clone(&self.disks[index].drive);
         let (offset, sector) = (number * CHUNK, number * CHUNK / SECTOR);
         let len = (drive.len() - offset).min(CHUNK) as usize;
         let (content, rest) = self.chunk.split_at_mut(len);
         rest.fill(0);
         let read = drive.image().read(offset, &mut vec![In::from(content)]);
-        read.map_err(|error| {
-            let (id, why) = (drive.id(), Errno(&error));
-            Error::Stream(format!(
-                "Reading disk '{id}' from sector {sector} on: {why}"
-            ))
-        })?;
-        let is_zero = self.zeros && is_zero(&self.chunk);
+        read.map_err(|error| unreadable(&drive, offset, &error))?;
+        let is_zero = self.options.zeros && is_zero(&self.chunk);
         let record = match is_zero {
             true => Record::Zero(sector),
             false => Record::Chunk(sector),
@@ -216,6 +233,32 @@ impl<'a> BlockSave<'a> {
     fn note(&self, writer: &mut Writer<'a>) {
         writer.progress.disk.get_or_insert_default().remaining = self.pending();
     }
+}
+
+impl Disk {
+    /// Whether the image itself has anything of that chunk. QEMU 7.2 asks for 32 MiB at once and
+    /// then sends from the beginning of the chunk on; the chunks are the same.
+    fn has(&self, number: u64) -> Result<bool, Error> {
+        let end = ((number + 1) * CHUNK).min(self.drive.len());
+        let mut offset = number * CHUNK;
+        while offset < end {
+            let asked = self.drive.image().is_allocated(offset, end - offset);
+            let (is_here, count) =
+                asked.map_err(|error| unreadable(&self.drive, offset, &error))?;
+            if is_here {
+                return Ok(true);
+            }
+            offset += count;
+        }
+        Ok(false)
+    }
+}
+
+fn unreadable(drive: &Drive, offset: u64, error: &io::Error) -> Error {
+    let (id, sector, why) = (drive.id(), offset / SECTOR, Errno(error));
+    Error::Stream(format!(
+        "Reading disk '{id}' from sector {sector} on: {why}"
+    ))
 }
 
 impl Drop for BlockSave<'_> {

@@ -178,8 +178,8 @@ impl Arrival<'_> {
         announced
             .check(&Manifest::of(self.order.guest))
             .map_err(Error::Stream)?;
-        for (id, len) in announced.disks() {
-            block::check(self.order.guest.drives(), id, *len).map_err(Error::Stream)?;
+        for disk in announced.disks() {
+            block::check(&self.order.guest.drives(), disk).map_err(Error::Stream)?;
         }
         Ok(say(self.reader.channel(), &Message::Accepted)?)
     }

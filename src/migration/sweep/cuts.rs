@@ -133,8 +133,7 @@ fn stock_stream(owners: &Arc<Owners>) -> Vec<u8> {
     let outgoing = Outgoing {
         guest: &source,
         limits: &limits,
-        block: false,
-        zero_blocks: false,
+        block: None,
         return_path: false,
         dialect: Dialect::default(),
         board: &board,

@@ -41,7 +41,7 @@ fn attach(mut guest: FakeGuest, images: &Images) -> FakeGuest {
 
 fn setting(kind: Kind, faults: Faults) -> Setting {
     Setting {
-        block: true,
+        block: Some(block::Options::default()),
         ..Setting::faulty(kind, faults)
     }
 }
@@ -254,6 +254,54 @@ fn an_image_that_fails_is_named_with_its_sector() {
         let dest = attach(blank_guest(&owners), &there);
         assert!(migrate(&source, &dest, &clean).source.is_ok());
         assert!(same(&here, &there));
+    }
+}
+
+/// After every chunk has gone once: while the guest runs, and when it stands still.
+#[test]
+fn an_image_that_fails_later_is_named_too() {
+    // In no time at all nothing can be sent while the guest stands still, in all the time of the
+    // world everything.
+    for (bandwidth, phase) in [(1, "dirty phase"), (1 << 40, "end")] {
+        for is_source in [true, false] {
+            let owners = Arc::default();
+            let (here, there) = (written(), images());
+            let source = attach(running_guest(&owners), &here);
+            let drive = Arc::clone(&source.drives[0]);
+            let faults = Faults {
+                at: Some((
+                    Way::Forth,
+                    2 * CHUNK + 100,
+                    Arc::new(move || drive.zero(CHUNK + 512, 512, false).unwrap()),
+                )),
+                ..Faults::default()
+            };
+            let mut late = setting(Kind::Hmpsh, faults);
+            late.limits.avail_switchover_bandwidth = bandwidth;
+            // All four chunks once.
+            match is_source {
+                true => here[0].1.fail_reads(3),
+                false => there[0].1.fail_writes(3),
+            }
+            let told = fails(&source, &attach(blank_guest(&owners), &there), &late);
+            let why = match is_source {
+                true => format!(
+                    "Reading disk 'hd0' from sector 2048 on: {}",
+                    words(libc::EIO)
+                ),
+                false => format!(
+                    "Writing disk 'hd0' from sector 2048 on: {}",
+                    words(libc::ENOSPC)
+                ),
+            };
+            assert!(told.contains(&why), "{phase}: {told}");
+            here[0].1.fail_reads(-1);
+            there[0].1.fail_writes(-1);
+            let dest = attach(blank_guest(&owners), &there);
+            let clean = setting(Kind::Hmpsh, Faults::default());
+            assert!(migrate(&source, &dest, &clean).source.is_ok());
+            assert!(same(&here, &there), "{phase}");
+        }
     }
 }
 

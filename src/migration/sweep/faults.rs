@@ -259,8 +259,7 @@ fn an_arrival_that_was_given_up_is_not_taken() {
             let order = Outgoing {
                 guest: &source,
                 limits: &limits,
-                block: false,
-                zero_blocks: false,
+                block: None,
                 return_path: true,
                 dialect: Dialect::default(),
                 board: &source_board,

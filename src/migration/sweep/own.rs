@@ -26,8 +26,7 @@ impl Own {
         let outgoing = Outgoing {
             guest: &*source,
             limits: &limits,
-            block: false,
-            zero_blocks: false,
+            block: None,
             return_path: false,
             dialect: Dialect::default(),
             board: &Board::default(),

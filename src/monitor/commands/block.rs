@@ -4,6 +4,8 @@
 
 use std::fmt::Write as _;
 
+use crate::block::Limits;
+use crate::config::Zeroes;
 use crate::control::{DriveInfo, DriveStats};
 use crate::monitor::args::Args;
 use crate::monitor::session::{Error, Session};
@@ -36,8 +38,14 @@ fn blocks(drives: &[DriveInfo], wanted: Option<&str>, is_verbose: bool) -> Strin
         if index > 0 {
             text.push('\n');
         }
-        let name = format!("{} ({})", drive.id, node(drive.node));
-        image(&mut text, &name, drive.format, drive);
+        if let (None, Some(disk)) = (drive.layers.first(), &drive.disk) {
+            line(&mut text, &format!("{disk}: [not inserted]"));
+            line(&mut text, &format!("    Attached to:      {disk}"));
+            continue;
+        }
+        let [_, top] = drive.nodes(0);
+        let name = format!("{} ({top})", drive.id);
+        image(&mut text, &name, drive, 0, drive.format(0));
         match &drive.disk {
             Some(disk) => line(&mut text, &format!("    Attached to:      {disk}")),
             None => line(&mut text, "    Removable device: not locked, tray closed"),
@@ -45,55 +53,129 @@ fn blocks(drives: &[DriveInfo], wanted: Option<&str>, is_verbose: bool) -> Strin
         if let Some(fault) = drive.fault {
             line(&mut text, &format!("    I/O status:       {fault}"));
         }
-        line(&mut text, "    Cache mode:       writeback");
+        properties(&mut text, drive, 0, true);
         if is_verbose {
-            details(&mut text, drive.format, drive);
+            images(&mut text, drive, 0, None);
         }
     }
     text
 }
 
-/// The layers of each drive, the last drive's first.
+/// The nodes of each drive, the last drive's and the last layer's first.
 fn nodes(drives: &[DriveInfo], wanted: Option<&str>, is_verbose: bool) -> String {
     let mut text = String::new();
-    let layers = drives.iter().rev().flat_map(|drive| {
-        [
-            (node(drive.node), drive.format, drive),
-            (node(drive.node - 1), "file", drive),
-        ]
+    let all = drives.iter().rev().flat_map(|drive| {
+        let layers = (0..drive.layers.len()).rev();
+        layers.flat_map(move |layer| {
+            let [file, top] = drive.nodes(layer);
+            [
+                (top, drive, layer, None),
+                (file, drive, layer, Some("file")),
+            ]
+        })
     });
-    for (index, (name, format, drive)) in layers.enumerate() {
+    for (index, (name, drive, layer, file)) in all.enumerate() {
         if wanted.is_some_and(|wanted| wanted != name) {
             continue;
         }
         if index > 0 {
             text.push('\n');
         }
-        image(&mut text, &name, format, drive);
-        line(&mut text, "    Cache mode:       writeback");
+        let format = file.unwrap_or(drive.format(layer));
+        image(&mut text, &name, drive, layer, format);
+        properties(&mut text, drive, layer, file.is_none());
         if is_verbose {
-            details(&mut text, format, drive);
+            images(&mut text, drive, layer, file);
         }
     }
     text
 }
 
-fn image(text: &mut String, name: &str, format: &str, drive: &DriveInfo) {
-    let mode = if drive.is_read_only {
-        ", read-only"
-    } else {
-        ""
-    };
-    line(text, &format!("{name}: {} ({format}{mode})", drive.file));
+impl DriveInfo {
+    /// Names of the nodes of a layer: file and format. QEMU makes them of a count and two random
+    /// digits.
+    fn nodes(&self, layer: usize) -> [String; 2] {
+        [0, 1].map(|node| format!("#block{}00", self.nodes_before + 2 * layer + node))
+    }
+
+    fn format(&self, layer: usize) -> &'static str {
+        let layer = self.layers.get(layer);
+        layer.map_or("", |layer| layer.format.name())
+    }
 }
 
-fn details(text: &mut String, format: &str, drive: &DriveInfo) {
+fn image(text: &mut String, name: &str, drive: &DriveInfo, layer: usize, format: &str) {
+    let mode = match drive.is_read_only || layer > 0 {
+        true => ", read-only",
+        false => "",
+    };
+    let file = drive.layers.get(layer).map_or("", |layer| &layer.file);
+    line(text, &format!("{name}: {file} ({format}{mode})"));
+}
+
+fn properties(text: &mut String, drive: &DriveInfo, layer: usize, is_format: bool) {
+    let cache = drive.cache;
+    // Only the drive's own node writes through: what is below it is told to.
+    let mode = match cache.is_writeback || layer > 0 || !is_format {
+        true => "writeback",
+        false => "writethrough",
+    };
+    let direct = if cache.is_direct { ", direct" } else { "" };
+    let ignores = match cache.ignores_flushes {
+        true => ", ignore flushes",
+        false => "",
+    };
+    line(
+        text,
+        &format!("    Cache mode:       {mode}{direct}{ignores}"),
+    );
+    if !is_format {
+        return;
+    }
+    if let Some((behind, _)) = drive
+        .layers
+        .get(layer)
+        .and_then(|layer| layer.behind.as_ref())
+    {
+        let depth = drive.layers.len() - 1 - layer;
+        line(
+            text,
+            &format!("    Backing file:     {behind} (chain depth: {depth})"),
+        );
+    }
+    if drive.zeroes != Zeroes::Off && layer == 0 {
+        let zeroes = drive.zeroes.name();
+        line(text, &format!("    Detect zeroes:    {zeroes}"));
+    }
+    if drive.limits != Limits::default() && layer == 0 {
+        let Limits {
+            bytes: [bps, bps_rd, bps_wr],
+            requests: [iops, iops_rd, iops_wr],
+        } = drive.limits;
+        let group = &drive.id;
+        let limits = format!(
+            "    I/O throttling:   bps={bps} bps_rd={bps_rd} bps_wr={bps_wr} bps_max=0 \
+             bps_rd_max=0 bps_wr_max=0 iops={iops} iops_rd={iops_rd} iops_wr={iops_wr} iops_max=0 \
+             iops_rd_max=0 iops_wr_max=0 iops_size=0 group={group}"
+        );
+        line(text, &limits);
+    }
+}
+
+/// A layer and all behind it, or only the file.
+fn images(text: &mut String, drive: &DriveInfo, layer: usize, file: Option<&str>) {
     line(text, "\nImages:");
-    line(text, &format!("image: {}", drive.file));
-    line(text, &format!("file format: {format}"));
-    let (len, allocated) = (size(drive.len), size(drive.allocated));
-    line(text, &format!("virtual size: {len} ({} bytes)", drive.len));
-    line(text, &format!("disk size: {allocated}"));
+    let count = file.map_or(drive.layers.len(), |_| 1);
+    for layer in drive.layers[layer..].iter().take(count) {
+        line(text, &format!("image: {}", layer.file));
+        line(
+            text,
+            &format!("file format: {}", file.unwrap_or(layer.format.name())),
+        );
+        let (len, allocated) = (size(layer.len), size(layer.allocated));
+        line(text, &format!("virtual size: {len} ({} bytes)", layer.len));
+        line(text, &format!("disk size: {allocated}"));
+    }
 }
 
 fn stats(stats: &DriveStats) -> String {
@@ -106,11 +188,6 @@ fn stats(stats: &DriveStats) -> String {
          flush_total_time_ns={flush_time} rd_merged=0 wr_merged=0 idle_time_ns={}\n",
         stats.id, stats.idle
     )
-}
-
-/// QEMU makes its names of a count and two random digits.
-fn node(number: usize) -> String {
-    format!("#block{number}00")
 }
 
 /// Three digits and a unit, as QEMU's `size_to_str`.
@@ -144,18 +221,26 @@ fn line(text: &mut String, line: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::block::Layer;
+    use crate::config::{Cache, Format};
 
     fn drives() -> Vec<DriveInfo> {
-        let drive = |id: &str, node, file: &str, disk: Option<&str>| DriveInfo {
+        let drive = |id: &str, node: usize, file: &str, disk: Option<&str>| DriveInfo {
             id: id.to_owned(),
-            node,
-            file: file.to_owned(),
-            format: "raw",
+            nodes_before: node - 1,
+            layers: vec![Layer {
+                file: file.to_owned(),
+                format: Format::Raw,
+                len: 5 << 20,
+                allocated: 0,
+                behind: None,
+            }],
+            cache: Cache::default(),
+            zeroes: Zeroes::Off,
+            limits: Limits::default(),
             is_read_only: node == 3,
             disk: disk.map(str::to_owned),
             fault: None,
-            len: 5 << 20,
-            allocated: 0,
         };
         vec![
             drive("d0", 1, "a.img", Some("x")),

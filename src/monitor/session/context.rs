@@ -32,6 +32,10 @@ impl Context for Machine<'_> {
         words.iter().map(|word| (*word).to_owned()).collect()
     }
 
+    fn drives(&self) -> Vec<String> {
+        self.0.drives().into_iter().map(|drive| drive.id).collect()
+    }
+
     fn chardevs(&self) -> Vec<(String, bool)> {
         let is_ringbuf = |description: &str| description.starts_with("ringbuf");
         self.0

@@ -248,7 +248,7 @@ fn names(key: &str, value: toml::Value) -> Result<Vec<String>, String> {
 const LETTERS: &str = "FBsSilMoTb/";
 
 /// Names a `completion` list may hold; `monitor::table::Completion` has a variant for each.
-pub(crate) const COMPLETIONS: [&str; 12] = [
+pub(crate) const COMPLETIONS: [&str; 13] = [
     "none",
     "command",
     "item",
@@ -260,6 +260,7 @@ pub(crate) const COMPLETIONS: [&str; 12] = [
     "parameter-value",
     "chardev",
     "ringbuf",
+    "drive",
     "log-item",
 ];
 

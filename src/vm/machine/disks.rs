@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use kvm_ioctls::IoEventAddress;
 
-use crate::block::{Backend, Drive, Fault, Raw};
-use crate::config::{DriveConfig, MachineConfig};
+use crate::block::{self, Backend, Drive, Fault, OpenOptions, Policy};
+use crate::config::{DriveConfig, Format, MachineConfig};
 use crate::vm::accel::SharedVm;
 use crate::vm::device::bus::IrqLine;
 use crate::vm::device::virtio::Disk;
@@ -16,11 +16,26 @@ use crate::vm::vcpu::{Report, Reporter};
 
 /// Opens every drive, used by a disk or not.
 pub(super) fn open_drives(config: &MachineConfig) -> Result<Vec<Arc<Drive>>, Error> {
-    let open = |drive: &DriveConfig| {
-        let image = Box::new(open(drive)?);
-        Ok(Arc::new(Drive::new(drive.id.clone(), image)))
+    let drives = config.drives.iter().enumerate();
+    drives
+        .map(|(index, drive)| {
+            open_drive(drive, config.disk_of(index)).map_err(|text| {
+                let option = &drive.option;
+                Error::State(format!("{option}: {text}"))
+            })
+        })
+        .collect()
+}
+
+/// Opens a drive, which that disk uses; the text says why that can not be.
+pub(super) fn open_drive(drive: &DriveConfig, disk: Option<String>) -> Result<Arc<Drive>, String> {
+    let policy = Policy {
+        cache: drive.cache,
+        discards: drive.discards,
+        zeroes: drive.zeroes,
     };
-    config.drives.iter().map(open).collect()
+    let new = Drive::new(drive.id.clone(), open(drive)?);
+    Ok(Arc::new(new.with_policy(policy).of_disk(disk)))
 }
 
 /// Makes the disks in the order of their sections, each with the interrupt line that `line` makes of
@@ -44,6 +59,7 @@ pub(super) fn make(
             image: Arc::clone(drive) as _,
             map: Arc::clone(map),
             irq: line(wanted.gsi()),
+            is_writeback: config.drives[wanted.drive].cache.is_writeback,
             on_error: wanted.on_error,
             stop: on_fault(Arc::clone(drive), Arc::clone(stop)),
         })?;
@@ -117,24 +133,26 @@ pub(super) fn release(attached: &[Attached], flush: bool) -> Result<(), Error> {
     Ok(())
 }
 
-fn open(drive: &DriveConfig) -> Result<Raw, Error> {
-    let DriveConfig {
-        id: _,
-        file,
-        is_read_only,
-        is_guessed,
-        locks,
-        option,
-    } = drive;
-    let image = Raw::open(file, *is_read_only, *is_guessed, *locks)
-        .map_err(|error| Error::State(format!("{option}: {error}")))?;
-    if *is_guessed {
+fn open(drive: &DriveConfig) -> Result<Box<dyn Backend>, String> {
+    let options = OpenOptions {
+        path: drive.file.clone(),
+        format: drive.format,
+        is_read_only: drive.is_read_only,
+        locks: drive.locks,
+        is_direct: drive.cache.is_direct,
+    };
+    let image = block::open(options).map_err(|error| error.to_string())?;
+    let is_raw = image
+        .layers()
+        .first()
+        .is_some_and(|top| top.format == Format::Raw);
+    if drive.format.is_none() && is_raw {
         log::warn!(
             "WARNING: Image format was not specified for '{}' and probing guessed raw.\n         \
              Automatically detecting the format is dangerous for raw images, write operations on \
              block 0 will be restricted.\n         \
              Specify the 'raw' format explicitly to remove the restrictions.",
-            file.display()
+            drive.file.display()
         );
     }
     Ok(image)

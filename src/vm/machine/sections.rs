@@ -35,8 +35,8 @@ impl Guest for Machine {
         &self.log
     }
 
-    fn drives(&self) -> &[Arc<Drive>] {
-        &self.drives
+    fn drives(&self) -> Vec<Arc<Drive>> {
+        self.all_drives()
     }
 
     fn claim_drives(&self) -> Result<(), Error> {

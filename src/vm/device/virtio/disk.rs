@@ -36,6 +36,9 @@ pub(crate) struct Parts {
     pub(crate) map: Arc<Map>,
     /// Its interrupt line.
     pub(crate) irq: IrqLine,
+    /// What is written may stay in the host's cache until the guest flushes, unless the guest says
+    /// otherwise.
+    pub(crate) is_writeback: bool,
     /// What becomes of reads that fail, and of writes and flushes.
     pub(crate) on_error: [OnError; 2],
     /// Told that the guest is to stop because a request failed. Must not wait for the disk.
@@ -49,6 +52,7 @@ pub(super) struct Shared {
     pub(super) image: Arc<dyn Backend>,
     pub(super) map: Arc<Map>,
     offered: u64,
+    is_writeback: bool,
     pub(super) on_error: [OnError; 2],
     pub(super) stop: Box<dyn Fn(Fault) + Send + Sync>,
     core: Mutex<Core>,
@@ -90,7 +94,9 @@ struct Line {
 }
 
 /// Interrupt status: something was given back.
-const USED: u8 = 1;
+pub(super) const USED: u8 = 1;
+/// The configuration is another one.
+const CONFIG_CHANGED: u8 = 2;
 
 impl Disk {
     /// The disk at reset, of a guest that does not run.
@@ -112,9 +118,14 @@ impl Disk {
             image: parts.image,
             map: parts.map,
             offered,
+            is_writeback: parts.is_writeback,
             on_error: parts.on_error,
             stop: parts.stop,
-            core: Mutex::new(Core::new(State::at_reset(offered), None)),
+            core: Mutex::new(Core::new(
+                State::at_reset(offered),
+                None,
+                parts.is_writeback,
+            )),
             rest: Condvar::new(),
             line: Mutex::default(),
             irq: parts.irq,
@@ -149,6 +160,13 @@ impl Disk {
     pub(crate) fn set_running(&self, is_running: bool) {
         // A kick may have been lost on the way here: this one follows.
         self.shared.at_rest(|core| core.is_running = is_running);
+    }
+
+    /// The disk's length is another one.
+    pub(crate) fn config_changed(&self) {
+        if self.shared.core().is_started {
+            self.shared.interrupt(USED | CONFIG_CHANGED);
+        }
     }
 
     /// State of a disk at rest at power on, to load a section into.
@@ -200,7 +218,7 @@ impl Disk {
             *core = Core {
                 is_running: core.is_running,
                 waiting: core.waiting,
-                ..Core::new(state, Some(ring))
+                ..Core::new(state, Some(ring), self.shared.is_writeback)
             };
         });
         let mut line = lock(&self.shared.line);
@@ -271,12 +289,14 @@ impl Drop for Disk {
 }
 
 impl Core {
-    fn new(state: State, ring: Option<Ring>) -> Self {
+    fn new(state: State, ring: Option<Ring>, is_writeback: bool) -> Self {
         let features = state.registers.features;
         let wce = match features & CONFIG_WCE != 0 {
             // The guest's own choice, if it ever looked.
-            true => state.config.iter().all(|byte| *byte == 0) || state.config[config::WCE] != 0,
-            false => state.registers.status & status::DRIVER_OK == 0 || features & FLUSH != 0,
+            true if state.config.iter().all(|byte| *byte == 0) => is_writeback,
+            true => state.config[config::WCE] != 0,
+            false if state.registers.status & status::DRIVER_OK == 0 => is_writeback,
+            false => features & FLUSH != 0,
         };
         Self {
             registers: state.registers,
@@ -295,7 +315,7 @@ impl Core {
     }
 
     /// The guest resets the device.
-    fn reset(&mut self) {
+    fn reset(&mut self, is_writeback: bool) {
         self.registers.reset_device();
         self.ring = Ring::new(Queue {
             align: self.ring.queue().align,
@@ -305,7 +325,7 @@ impl Core {
         self.is_broken = false;
         self.is_started = false;
         self.is_disabled = false;
-        self.has_cache = true;
+        self.has_cache = is_writeback;
     }
 
     fn write_config(&mut self, at: usize, size: usize, value: u32) {
@@ -346,9 +366,11 @@ impl Shared {
     fn at_rest(&self, change: impl FnOnce(&mut Core)) {
         let mut core = self.core();
         core.waiting += 1;
+        self.image.hurry(true);
         while core.under_way > 0 {
             core = self.rest.wait(core).unwrap_or_else(PoisonError::into_inner);
         }
+        self.image.hurry(false);
         change(&mut core);
         core.waiting -= 1;
         drop(core);
@@ -390,7 +412,7 @@ impl Shared {
 
     /// The guest resets the device; what is under way is finished first.
     fn reset(&self) {
-        self.at_rest(Core::reset);
+        self.at_rest(|core| core.reset(self.is_writeback));
         self.acknowledge(!0);
     }
 
@@ -408,9 +430,9 @@ impl Shared {
         }
     }
 
-    pub(super) fn interrupt(&self) {
+    pub(super) fn interrupt(&self, why: u8) {
         let mut line = lock(&self.line);
-        line.isr |= USED;
+        line.isr |= why;
         if !line.is_high {
             line.is_high = true;
             (self.irq)(true);

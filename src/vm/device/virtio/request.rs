@@ -161,13 +161,12 @@ fn run(kind: u32, from: &mut Vec<Piece<'_>>, target: &Target<'_>) -> Result<Verd
         return Ok(Ok(Status::IoError));
     }
     if kind == DISCARD {
-        // QEMU's default, discard=ignore: the sectors may keep what they hold, and do.
-        return Ok(Ok(match flags {
-            0 => Status::Ok,
-            _ => Status::Unsupported,
-        }));
+        return Ok(match flags {
+            0 => written(target.image.discard(sector * SECTOR, len), target),
+            _ => Ok(Status::Unsupported),
+        });
     }
-    let result = target.image.zero(sector * SECTOR, len, false);
+    let result = target.image.zero(sector * SECTOR, len, flags & UNMAP != 0);
     Ok(written(result, target))
 }
 

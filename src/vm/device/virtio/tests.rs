@@ -117,6 +117,7 @@ fn bench_with(
         image: Arc::new(image),
         map: Arc::clone(&map),
         irq: Box::new(move |high| line.store(u32::from(high), Ordering::SeqCst)),
+        is_writeback: true,
         on_error,
         stop,
     });

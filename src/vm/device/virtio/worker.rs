@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::disk::{Core, Shared};
+use super::disk::{Core, Shared, USED};
 use super::request::{Outcome, Scratch, Target};
 use super::ring::{Broken, Chain};
 
@@ -151,7 +151,7 @@ impl Shared {
             Outcome::Answered(len) => {
                 core.ring.push(memory, head, len)?;
                 if core.ring.wants_interrupt(memory)? {
-                    self.interrupt();
+                    self.interrupt(USED);
                 }
             }
             Outcome::Kept(fault) => {

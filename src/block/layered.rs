@@ -1,0 +1,282 @@
+//! An image that the imago crate reads and writes: qcow2 with what is behind it, or a raw one past
+//! the host's cache.
+//!
+//! Its metadata are kept in memory, so it is open for writing only while it is ours: from
+//! [`Backend::claim`], which reads them anew, to [`Backend::release`], which writes them back.
+
+mod commit;
+
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+use imago::FormatAccess;
+use imago::file::File as Storage;
+use imago::format::PreallocateMode;
+use imago::format::drivers::ShallowMapping;
+
+use super::chain::{self, Chain};
+use super::lock::{self, Use};
+use super::{Backend, Layer, LockError, OpenError, OpenOptions, SECTOR, probe};
+use crate::config::Format;
+use crate::iov::{self, In, Out};
+
+/// An image, its metadata in memory or not.
+pub(super) struct Layered {
+    options: OpenOptions,
+    format: Format,
+    file: File,
+    sectors: AtomicU64,
+    layers: Mutex<Vec<Layer>>,
+    access: RwLock<Option<Access>>,
+}
+
+struct Access {
+    image: FormatAccess<Storage>,
+    is_writable: bool,
+    /// What is behind it, for the locks.
+    behind: Vec<(File, String)>,
+}
+
+impl Layered {
+    /// Opens an image of that format. It is looked at, and not written to.
+    ///
+    /// # Errors
+    /// It is not there, can not be opened, or is not of that format; the same of what is behind it.
+    pub(super) fn open(
+        file: File,
+        format: Format,
+        options: OpenOptions,
+    ) -> Result<Self, OpenError> {
+        let image = Self {
+            format,
+            file,
+            sectors: AtomicU64::new(0),
+            layers: Mutex::default(),
+            access: RwLock::new(None),
+            options,
+        };
+        let access = image.read_metadata(false)?;
+        *image.write_access() = Some(access);
+        Ok(image)
+    }
+
+    /// Reads the metadata of all layers.
+    fn read_metadata(&self, is_writable: bool) -> Result<Access, OpenError> {
+        let file = self.file.try_clone().map_err(|source| OpenError::Host {
+            path: self.options.name(),
+            source,
+        })?;
+        let Chain {
+            image,
+            layers,
+            behind,
+        } = chain::open(file, self.format, &self.options, is_writable)?;
+        self.sectors.store(image.size() / SECTOR, Ordering::SeqCst);
+        *self.lock_layers() = layers;
+        Ok(Access {
+            image,
+            is_writable,
+            behind,
+        })
+    }
+
+    fn lock_layers(&self) -> MutexGuard<'_, Vec<Layer>> {
+        self.layers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn read_access(&self) -> RwLockReadGuard<'_, Option<Access>> {
+        self.access.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_access(&self) -> RwLockWriteGuard<'_, Option<Access>> {
+        self.access.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does something with an image that is ours.
+    fn with<T>(&self, act: impl FnOnce(&FormatAccess<Storage>) -> io::Result<T>) -> io::Result<T> {
+        match &*self.read_access() {
+            Some(access) if access.is_writable => act(&access.image),
+            _ => Err(not_ours()),
+        }
+    }
+
+    /// As [`Self::with`], while nobody else does anything with it.
+    fn with_alone<T>(
+        &self,
+        act: impl FnOnce(&mut FormatAccess<Storage>) -> io::Result<T>,
+    ) -> io::Result<T> {
+        match &mut *self.write_access() {
+            Some(access) if access.is_writable => act(&mut access.image),
+            _ => Err(not_ours()),
+        }
+    }
+
+    /// Does something with an image that need not be ours.
+    fn look<T>(&self, act: impl FnOnce(&FormatAccess<Storage>) -> io::Result<T>) -> io::Result<T> {
+        loop {
+            if let Some(access) = &*self.read_access() {
+                return act(&access.image);
+            }
+            let mut access = self.write_access();
+            if access.is_none() {
+                *access = Some(self.read_metadata(false).map_err(io::Error::other)?);
+            }
+        }
+    }
+
+    fn use_of(&self, is_top: bool) -> Use {
+        Use {
+            writes: is_top && !self.options.is_read_only,
+            resizes: self.format != Format::Raw,
+        }
+    }
+
+    /// `file.locking=off` is about the image, not about what is behind it.
+    fn lock(&self, behind: &[(File, String)]) -> Result<(), LockError> {
+        if self.options.locks {
+            lock::take(&self.file, &self.options.name(), self.use_of(true))?;
+        }
+        for (file, name) in behind {
+            lock::take(file, name, self.use_of(false))?;
+        }
+        Ok(())
+    }
+}
+
+impl Backend for Layered {
+    fn sectors(&self) -> u64 {
+        self.sectors.load(Ordering::SeqCst)
+    }
+
+    fn layers(&self) -> Vec<Layer> {
+        let mut layers = self.lock_layers().clone();
+        if let Some(top) = layers.first_mut() {
+            top.allocated = probe::allocated(&self.file);
+        }
+        layers
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.options.is_read_only
+    }
+
+    fn read(&self, offset: u64, rooms: &mut Vec<In<'_>>) -> io::Result<()> {
+        self.look(|image| image.readv(iov::as_slices_mut(rooms).into(), offset))
+    }
+
+    fn write(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()> {
+        self.with(|image| image.writev(iov::as_slices(pieces).into(), offset))
+    }
+
+    fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
+        match may_unmap {
+            true => self.with_alone(|image| image.discard_to_zero(offset, len)),
+            false => self.with(|image| image.write_zeroes(offset, len)),
+        }
+    }
+
+    fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let discarded = self.with_alone(|image| image.discard_to_any(offset, len));
+        match discarded {
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
+            other => other,
+        }
+    }
+
+    fn is_allocated(&self, offset: u64, len: u64) -> io::Result<(bool, u64)> {
+        self.look(|image| {
+            let (mapping, count) = image.get_shallow_mapping(offset, len)?;
+            let is_behind = matches!(
+                mapping,
+                ShallowMapping::Indirect { .. }
+                    | ShallowMapping::Zero {
+                        explicit: false,
+                        ..
+                    }
+            );
+            Ok((!is_behind || self.format == Format::Raw, count.max(SECTOR)))
+        })
+    }
+
+    fn resize(&self, len: u64) -> io::Result<()> {
+        self.with_alone(|image| {
+            image.resize(len, PreallocateMode::None)?;
+            image.flush()
+        })?;
+        self.sectors.store(len / SECTOR, Ordering::SeqCst);
+        if let Some(top) = self.lock_layers().first_mut() {
+            top.len = len;
+        }
+        Ok(())
+    }
+
+    fn commit(&self) -> io::Result<()> {
+        let mut access = self.write_access();
+        match &*access {
+            Some(access) if access.is_writable => {}
+            _ => return Err(not_ours()),
+        }
+        self.commit_alone(&mut access)
+    }
+
+    fn claim(&self) -> Result<(), LockError> {
+        let mut access = self.write_access();
+        if let Some(access) = &*access
+            && access.is_writable
+        {
+            return self.lock(&access.behind);
+        }
+        // Locked first: what is read afterwards nobody changes any more.
+        let taken = self.lock(&[]).and_then(|()| {
+            let anew = self.read_metadata(!self.options.is_read_only)?;
+            self.lock(&anew.behind)?;
+            Ok(anew)
+        });
+        match taken {
+            Ok(anew) => {
+                *access = Some(anew);
+                Ok(())
+            }
+            Err(error) => {
+                lock::leave(&self.file);
+                Err(error)
+            }
+        }
+    }
+
+    fn release(&self) {
+        let mut access = self.write_access();
+        if let Some(Err(error)) = access.as_ref().map(|access| access.image.flush()) {
+            // Kept, for whoever takes it back.
+            log::error!("{}: {error}", self.options.name());
+            return lock::leave(&self.file);
+        }
+        *access = None;
+        lock::leave(&self.file);
+    }
+
+    fn settle(&self) -> io::Result<()> {
+        match &*self.read_access() {
+            Some(access) if access.is_writable => access.image.flush(),
+            // There is nothing to be flushed.
+            _ => Ok(()),
+        }
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.settle()?;
+        match &*self.read_access() {
+            Some(access) if access.is_writable => access.image.sync(),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn not_ours() -> io::Error {
+    io::ErrorKind::PermissionDenied.into()
+}
+
+#[cfg(test)]
+mod tests;
