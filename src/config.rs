@@ -62,6 +62,8 @@ pub struct MachineConfig {
     pub serial: Option<String>,
     /// Chips that a machine may have or not.
     pub chips: Chips,
+    /// What virtio devices look like to the guest.
+    pub interface: Interface,
     /// `-drive`, in the order given, with or without a disk that uses it.
     pub drives: Vec<DriveConfig>,
     /// Disks in the order of their sections in a stream.
@@ -78,6 +80,16 @@ pub const SLOTS_BASE: u64 = 0xfeb0_0000;
 pub const SLOT_BYTES: u64 = 512;
 /// Interrupt line of slot 0; the others follow.
 const SLOTS_GSI: u32 = 5;
+
+/// Registers of the slots: `-global virtio-mmio.force-legacy=`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Interface {
+    /// What virtio was before 1.0, and the default.
+    #[default]
+    Legacy,
+    /// Virtio 1.0 and later.
+    Modern,
+}
 
 /// `-drive`: an image.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -13,21 +13,19 @@ use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
 use common::vmm::{Program, Setup, Vmm, have};
 use common::{poll, without_node_digits};
 
-/// Boots and reads back what it wrote.
-fn lives(program: Program) {
+/// Boots and reads back what it wrote; `kind` is what it says of its disk.
+fn lives(program: Program, adjust: fn(Setup) -> Setup, kind: &str) {
     if !have(&[program]) {
         return;
     }
     let guest = DiskGuest::new();
-    let mut vm = guest.setup(program).start();
+    let mut vm = adjust(guest.setup(program)).start();
     goes_on(&[&vm]);
     let log = std::fs::read_to_string(vm.log()).unwrap();
     // INDIRECT_DESC, EVENT_IDX, WRITE_ZEROES, DISCARD, CONFIG_WCE, TOPOLOGY, FLUSH, BLK_SIZE,
     // GEOMETRY, SEG_MAX: the same at all three.
-    assert!(
-        log.starts_with("hmpsh guest disk features 805334612\n"),
-        "{log}"
-    );
+    let hello = format!("hmpsh guest {kind} features 805334612\n");
+    assert!(log.starts_with(&hello), "{log}");
     vm.quiet("stop");
     let image = std::fs::read(guest.image.path()).unwrap();
     // The first word of a round in the 64 places, each two sectors.
@@ -41,7 +39,7 @@ fn lives(program: Program) {
     vm.quiet("cont");
     let again = poll(PATIENCE, || {
         let log = std::fs::read_to_string(vm.log()).unwrap_or_default();
-        let (_, second) = log.rsplit_once("hmpsh guest disk features 805334612\n")?;
+        let (_, second) = log.rsplit_once(&*hello)?;
         (log.matches("hmpsh").count() == 2 && second.contains("\nB 70\n")).then_some(())
     });
     assert!(again.is_some(), "it does not live again after a reset");
@@ -67,6 +65,11 @@ fn moves(programs: &[Program], adjust: fn(Setup) -> Setup) {
 
 fn plain(setup: Setup) -> Setup {
     setup
+}
+
+/// The present interface of virtio instead of the legacy one.
+fn modern(setup: Setup) -> Setup {
+    setup.args(&["-global", "virtio-mmio.force-legacy=off"])
 }
 
 fn split_with_pic(setup: Setup) -> Setup {
@@ -236,6 +239,35 @@ fn three_disks(from: Program, to: Program) {
     let mut dest = moved(&mut source, setup(to));
     dest.wait_status("running");
     goes_on(&[&source, &dest]);
+}
+
+/// A machine whose slots have another interface is told which option to change, and the guest goes
+/// on where it was (a QEMU without a way back knows nothing of it).
+fn meets_the_other_interface(
+    from: Program,
+    ours: fn(Setup) -> Setup,
+    theirs: fn(Setup) -> Setup,
+    how: &str,
+) {
+    if !have(&[from, Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let mut source = ours(guest.setup(from)).start();
+    goes_on(&[&source]);
+    let mut dest = theirs(guest.setup(Hmpsh))
+        .incoming("tcp:127.0.0.1:0")
+        .start();
+    let port = dest.port();
+    let why = format!("(start it {how} -global virtio-mmio.force-legacy=off)");
+    source.command(&format!("migrate tcp:127.0.0.1:{port}"));
+    dest.wait_said(&why);
+    if from == Hmpsh {
+        let state = source.wait_migration("failed");
+        assert!(state.contains(&why), "{state}");
+        source.wait_status("running");
+        goes_on(&[&source]);
+    }
 }
 
 /// A migration that fails leaves the disk at work where it was.
@@ -450,9 +482,10 @@ macro_rules! cells {
 }
 
 cells! {
-    lives_at_hmpsh: lives(Hmpsh);
-    lives_at_7_2: lives(Qemu7);
-    lives_at_10_0: lives(Qemu10);
+    lives_at_hmpsh: lives(Hmpsh, plain, "disk");
+    lives_at_7_2: lives(Qemu7, plain, "disk");
+    lives_at_10_0: lives(Qemu10, plain, "disk");
+    lives_at_hmpsh_modern: lives(Hmpsh, modern, "modern disk");
     read_only_at_hmpsh: takes_no_writes(Hmpsh);
     read_only_at_7_2: takes_no_writes(Qemu7);
     live_between_two_hmpsh: moves(&[Hmpsh, Hmpsh, Hmpsh], plain);
@@ -460,6 +493,10 @@ cells! {
     live_to_10_0_and_back: moves(&[Hmpsh, Qemu10, Hmpsh], plain);
     live_from_7_2_and_back: moves(&[Qemu7, Hmpsh, Qemu7], plain);
     live_from_10_0_and_back: moves(&[Qemu10, Hmpsh, Qemu10], plain);
+    live_modern_from_hmpsh: moves(&[Hmpsh, Hmpsh, Qemu10], modern);
+    live_modern_from_10_0_and_7_2: moves(&[Qemu10, Hmpsh, Qemu7, Hmpsh], modern);
+    legacy_is_not_modern: meets_the_other_interface(Hmpsh, plain, modern, "without");
+    modern_of_7_2_is_not_legacy: meets_the_other_interface(Qemu7, modern, plain, "with");
     live_to_7_2_and_back_split: moves(&[Hmpsh, Qemu7, Hmpsh], split_with_pic);
     saved_and_loaded_by_10_0: saved(Hmpsh, Qemu10);
     saved_by_7_2: saved(Qemu7, Hmpsh);

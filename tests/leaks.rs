@@ -10,8 +10,8 @@ use std::time::Duration;
 use common::need::{Need, require};
 use common::poll;
 use hmpsh::config::{
-    Accel, BackendKind, Boot, Cache, Chips, DiskConfig, DriveConfig, Format, MachineConfig,
-    MemoryBackend, OnError, Zeroes,
+    Accel, BackendKind, Boot, Cache, Chips, DiskConfig, DriveConfig, Format, Interface,
+    MachineConfig, MemoryBackend, OnError, Zeroes,
 };
 use hmpsh::vm::guest::Guest;
 use hmpsh::vm::machine::Machine;
@@ -29,6 +29,7 @@ fn config(accel: Accel, kind: BackendKind, image: &Path) -> MachineConfig {
         auto_kernel_cmdline: true,
         serial: None,
         chips: Chips::default(),
+        interface: Interface::default(),
         drives: vec![DriveConfig {
             id: "d0".to_owned(),
             file: image.to_owned(),

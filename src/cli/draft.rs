@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use super::Error;
 use super::disk::{self, DeviceDraft, DriveDraft};
 use crate::config::{
-    Accel, Boot, ChardevConfig, ChardevKind, Chips, Config, Global, Incoming, MachineConfig,
-    MemoryBackend, MonitorConfig,
+    Accel, Boot, ChardevConfig, ChardevKind, Chips, Config, Global, Incoming, Interface,
+    MachineConfig, MemoryBackend, MonitorConfig,
 };
 use crate::units::MIB;
 
@@ -47,6 +47,7 @@ pub(super) struct Draft {
     pub(super) has_monitor_option: bool,
     pub(super) incoming: Option<Incoming>,
     pub(super) globals: Vec<Global>,
+    pub(super) interface: Interface,
     pub(super) commands: Vec<String>,
     pub(super) script: Option<PathBuf>,
     pub(super) prompt: Option<String>,
@@ -108,6 +109,7 @@ impl Draft {
                 auto_kernel_cmdline: !self.machine.no_auto_kernel_cmdline,
                 serial,
                 chips: self.machine.chips,
+                interface: self.interface,
                 drives,
                 disks,
                 memory_backend,

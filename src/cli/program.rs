@@ -3,9 +3,10 @@
 use super::draft::Draft;
 use super::keyval::KeyVal;
 use super::man;
-use crate::config::{Global, Incoming};
-use crate::migration::params::Settings;
+use crate::config::{Global, Incoming, Interface};
+use crate::migration::params::{self, Settings};
 use crate::migration::uri::Uri;
+use crate::units::parse_switch;
 
 type Answer = Result<(), String>;
 
@@ -162,14 +163,56 @@ pub(super) fn incoming(draft: &mut Draft, value: &str) -> Answer {
 /// `-global`, in either of QEMU's forms.
 pub(super) fn global(draft: &mut Draft, value: &str) -> Answer {
     let global = short_global(value).map_or_else(|| long_global(value), Ok)?;
-    if !matches!(global.driver.as_str(), "migration" | "hmpsh") {
-        return Err(format!("{}: not built in this version", global.driver));
+    match global.driver.as_str() {
+        "migration" | "hmpsh" => {}
+        "virtio-mmio" => return slots(draft, global),
+        other => return Err(format!("{other}: not built in this version")),
     }
     // A trial: what can not be set is refused before anything is started.
     Settings::default()
         .set_global(&global.driver, &global.name, &global.value)
         .map_err(|error| error.to_string())?;
     draft.globals.push(global);
+    Ok(())
+}
+
+/// Properties of all slots.
+fn slots(draft: &mut Draft, global: Global) -> Answer {
+    let Global {
+        driver,
+        name,
+        value,
+    } = global;
+    let known = ["force-legacy", "format_transport_address", "ioeventfd"];
+    if !known.contains(&name.as_str()) {
+        let error = params::Error::NoSuchProperty {
+            driver,
+            name,
+            value,
+        };
+        return Err(error.to_string());
+    }
+    let Some(is_on) = parse_switch(&value) else {
+        let error = params::Error::BadProperty {
+            why: format!("Parameter '{name}' expects 'on' or 'off'"),
+            driver,
+            name,
+            value,
+        };
+        return Err(error.to_string());
+    };
+    if name != "force-legacy" {
+        return match is_on {
+            true => Ok(()),
+            false => Err(format!(
+                "{driver}.{name}={value}: not built in this version"
+            )),
+        };
+    }
+    draft.interface = match is_on {
+        true => Interface::Legacy,
+        false => Interface::Modern,
+    };
     Ok(())
 }
 

@@ -216,9 +216,10 @@ pub(super) const OPTIONS: &[Row] = &[
         &["global"],
         "DRIVER.NAME=VALUE",
         "set a property",
-        "Drivers: migration (its parameters and capabilities, and properties of the stream) and \
-         hmpsh (exit-on-error=on|off: whether a failed incoming migration always ends the \
-         program).",
+        "Drivers: migration (its parameters and capabilities, and properties of the stream), \
+         virtio-mmio (force-legacy=on|off: disks have the interface of before virtio 1.0, the \
+         default, or the present one; both sides of a migration need the same) and hmpsh \
+         (exit-on-error=on|off: whether a failed incoming migration always ends the program).",
         program::global,
     ),
     takes(

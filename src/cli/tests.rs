@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::config::{
-    Accel, BackendKind, Boot, ChardevConfig, ChardevKind, Incoming, MonitorConfig,
+    Accel, BackendKind, Boot, ChardevConfig, ChardevKind, Incoming, Interface, MonitorConfig,
 };
 
 fn request(line: &str) -> Result<Request, Error> {
@@ -102,6 +102,28 @@ fn machine_options_reach_the_machine() {
             initrd: Some("i".into())
         }
     );
+}
+
+#[test]
+fn slots_are_legacy_unless_they_are_told() {
+    for (line, interface) in [
+        ("", Interface::Legacy),
+        ("-global virtio-mmio.force-legacy=false", Interface::Modern),
+        ("-global virtio-mmio.force-legacy=off", Interface::Modern),
+        (
+            "-global driver=virtio-mmio,property=force-legacy,value=n",
+            Interface::Modern,
+        ),
+        (
+            "-global virtio-mmio.force-legacy=no -global virtio-mmio.force-legacy=yes \
+             -global virtio-mmio.ioeventfd=on",
+            Interface::Legacy,
+        ),
+    ] {
+        let config = config(line);
+        assert_eq!(config.machine.interface, interface, "{line}");
+        assert!(config.globals.is_empty());
+    }
 }
 
 #[test]
@@ -401,6 +423,16 @@ fn bad_options_are_named_in_qemus_words() {
         ),
         ("-global foo", "Invalid parameter 'foo'"),
         (
+            "-global virtio-mmio.force-legacy=True",
+            "can't apply global virtio-mmio.force-legacy=True: Parameter 'force-legacy' expects \
+             'on' or 'off'",
+        ),
+        (
+            "-global virtio-mmio.force_legacy=off",
+            "can't apply global virtio-mmio.force_legacy=off: Property 'virtio-mmio.force_legacy' \
+             not found",
+        ),
+        (
             "-display foo",
             "Parameter 'type' does not accept value 'foo'",
         ),
@@ -476,6 +508,10 @@ fn what_is_not_built_is_refused_by_name() {
         ),
         ("-incoming rdma:h:1", "-incoming rdma:h:1: rdma"),
         ("-global kvm-pit.x=1", "-global kvm-pit.x=1: kvm-pit"),
+        (
+            "-global virtio-mmio.ioeventfd=no",
+            "-global virtio-mmio.ioeventfd=no: virtio-mmio.ioeventfd=no",
+        ),
         ("-name x,process=y", "-name x,process=y: process=y"),
         ("-bios b -kernel k", "-bios with -kernel"),
         (

@@ -357,7 +357,7 @@ impl Parts<'_> {
         Ok(Arc::new(Bus {
             serial: chardev.map(|chardev| Serial::new(chardev, line(serial::IRQ))),
             rtc: self.chips.rtc.then(rtc).transpose()?,
-            slots: Slots::new(&disks),
+            slots: Slots::new(&disks, self.config.interface),
             disks,
         }))
     }

@@ -1,6 +1,7 @@
 # A kernel with a PVH entry, for tests: 32-bit code loaded at 2 MiB that lives on the disk in slot
 # 7 and on its interrupts. Each round it writes two sectors and, in the same batch, reads back what
-# it wrote a while ago; every 16th round flushes.
+# it wrote a while ago; every 16th round flushes. It takes the slot's interface as it finds it: by the
+# present one the descriptors lie where the legacy layout would not have them.
 #
 # Memory behind the image:
 #
@@ -9,6 +10,7 @@
 #   0x212000  headers of write, read and flush, 16 bytes each; their status bytes at 0x212040
 #   0x212100  the table of the read request
 #   0x213000  what is written   0x214000  what was read
+#   0x215000  descriptors once more, for the present interface
 
     .set disk.BASE, 0x200000
     .set disk.STACK, 0x202000
@@ -20,6 +22,7 @@
     .set disk.TABLE, 0x212100
     .set disk.WRITTEN, 0x213000
     .set disk.READ, 0x214000
+    .set disk.APART, 0x215000
     .set disk.WORDS, 256
     .set disk.PLACES, 64
     .set disk.VECTOR, 0x30
@@ -64,12 +67,14 @@ disk.flat:
     movl $(disk.BASE + (disk.no_disk - hmpsh_disk_kernel)), %esi
     cmpl $0x74726976, (%ebx)
     jne disk.fault
-    cmpl $1, 4(%ebx)
-    jne disk.fault
     cmpl $2, 8(%ebx)
     jne disk.fault
     movl $0, 0x70(%ebx)
     movl $3, 0x70(%ebx)
+    cmpl $2, 4(%ebx)
+    je disk.modern
+    cmpl $1, 4(%ebx)
+    jne disk.fault
     movl $4096, 0x28(%ebx)
     movl $0, 0x14(%ebx)
     movl 0x10(%ebx), %eax
@@ -88,10 +93,51 @@ disk.flat:
     movl $(disk.RING >> 12), 0x40(%ebx)
     movl $7, 0x70(%ebx)
     movl $(disk.BASE + (disk.hello - hmpsh_disk_kernel)), %esi
+    jmp disk.work
+
+disk.modern:
+    movl $1, 0x14(%ebx)                 # features from 32 on: the interface itself, alone
+    testl $1, 0x10(%ebx)
+    jz disk.fault
+    movl $1, 0x24(%ebx)
+    movl $1, 0x20(%ebx)
+    movl $0, 0x14(%ebx)
+    movl 0x10(%ebx), %eax
+    andl $0x30006e54, %eax
+    movl %eax, %ebp
+    movl $0, 0x24(%ebx)
+    movl %eax, 0x20(%ebx)
+    movl $11, 0x70(%ebx)
+    cmpl $11, 0x70(%ebx)
+    jne disk.fault
+    movl $0, 0x30(%ebx)
+    movl $(disk.BASE + (disk.no_queue - hmpsh_disk_kernel)), %esi
+    cmpl $16, 0x34(%ebx)
+    jb disk.fault
+    cmpl $0, 0x44(%ebx)
+    jne disk.fault
+    movl $16, 0x38(%ebx)
+    movl $disk.APART, 0x80(%ebx)
+    movl $0, 0x84(%ebx)
+    movl $disk.AVAIL, 0x90(%ebx)
+    movl $0, 0x94(%ebx)
+    movl $disk.USED, 0xa0(%ebx)
+    movl $0, 0xa4(%ebx)
+    movl $1, 0x44(%ebx)
+    cmpl $1, 0x44(%ebx)
+    jne disk.fault
+    movl $15, 0x70(%ebx)
+    movl $(disk.BASE + (disk.hello_modern - hmpsh_disk_kernel)), %esi
+
+disk.work:
     movl %ebp, %eax
     call disk.number
 
     # Write: 0 header, 1 data, 2 status. Read: 3, a table of the same. Flush: 4 header, 5 status.
+    movl $(disk.BASE + (disk.descriptors - hmpsh_disk_kernel)), %esi
+    movl $disk.APART, %edi
+    movl $(16 * 6 / 4), %ecx
+    rep movsl
     movl $(disk.BASE + (disk.descriptors - hmpsh_disk_kernel)), %esi
     movl $disk.RING, %edi
     movl $(16 * 6 / 4), %ecx
@@ -290,6 +336,7 @@ disk.descriptors:
     .short 2, 0
 
 disk.hello:     .asciz "hmpsh guest disk features "
+disk.hello_modern: .asciz "hmpsh guest modern disk features "
 disk.beacon:    .asciz "B "
 disk.no_disk:   .asciz "FAULT no disk\n"
 disk.no_queue:  .asciz "FAULT no queue\n"

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use super::*;
 use crate::chardev::{Chardev, Receiver};
-use crate::config::{Accel, Boot, Chips, MachineConfig};
+use crate::config::{Accel, Boot, Chips, Interface, MachineConfig};
 use crate::vm::guest::SavedSection;
 use crate::vm::machine::Machine;
 
@@ -30,6 +30,7 @@ pub(super) fn machine(accel: Accel) -> Arc<Machine> {
             rtc: true,
             ..Chips::default()
         },
+        interface: Interface::default(),
         drives: Vec::new(),
         disks: Vec::new(),
         memory_backend: None,

@@ -1,4 +1,5 @@
-//! Virtio devices on memory-mapped slots, by the legacy interface of virtio 1.0 §4.2.4.
+//! Virtio devices on memory-mapped slots, virtio 1.0 §4.2: by the legacy interface of §4.2.4, or
+//! by the present one.
 //!
 //! The microvm has eight slots of 512 bytes. A slot with nobody in it answers who makes it and
 //! that it is empty. The first disk takes the last slot, the next one the slot before. Bytes on
@@ -6,6 +7,8 @@
 
 mod config;
 pub(crate) mod disk;
+mod modern;
+mod queue;
 mod registers;
 mod request;
 mod ring;
@@ -18,7 +21,7 @@ use vm_memory::GuestMemoryMmap;
 
 pub(crate) use self::disk::Disk;
 use self::registers::Register;
-pub(crate) use crate::config::{SLOT_BYTES, SLOTS, SLOTS_BASE};
+pub(crate) use crate::config::{Interface, SLOT_BYTES, SLOTS, SLOTS_BASE};
 use crate::vm::page_bits::WriteLog;
 
 /// Guest memory as devices reach it; writes are marked.
@@ -28,12 +31,16 @@ type Memory = GuestMemoryMmap<WriteLog>;
 #[derive(Default)]
 pub(crate) struct Slots {
     disks: [Option<Arc<Disk>>; SLOTS],
+    interface: Interface,
 }
 
 impl Slots {
     /// Slots with those disks in them.
-    pub(crate) fn new(disks: &[Arc<Disk>]) -> Self {
-        let mut slots = Self::default();
+    pub(crate) fn new(disks: &[Arc<Disk>], interface: Interface) -> Self {
+        let mut slots = Self {
+            interface,
+            ..Self::default()
+        };
         for disk in disks {
             slots.disks[disk.slot()] = Some(Arc::clone(disk));
         }
@@ -48,7 +55,8 @@ impl Slots {
         pieces(offset, data.len(), |at, range| {
             let value = match &self.disks[slot] {
                 Some(disk) => disk.read(at, range.len()),
-                None => Register::at(at).map_or(0, Register::of_empty_slot),
+                None => Register::at(at, self.interface)
+                    .map_or(0, |register| register.of_empty_slot(self.interface)),
             };
             let len = range.len();
             data[range].copy_from_slice(&value.to_le_bytes()[..len]);
@@ -128,9 +136,9 @@ features! {
     INDIRECT_DESC = 28, "VIRTIO_RING_F_INDIRECT_DESC";
     /// Either side says at which index it wants to be told.
     EVENT_IDX = 29, "VIRTIO_RING_F_EVENT_IDX";
-    /// Not offered: the present interface.
+    /// The present interface.
     VERSION_1 = 32, "VIRTIO_F_VERSION_1";
-    /// Not offered: a queue can be reset alone.
+    /// Not offered: a queue can be reset alone. QEMU offers it and has no register for it.
     RING_RESET = 40, "VIRTIO_F_RING_RESET";
     /// Not offered: several queues.
     MQ = 12, "VIRTIO_BLK_F_MQ";
@@ -152,6 +160,30 @@ const OFFERED: u64 = SEG_MAX
     | INDIRECT_DESC
     | EVENT_IDX;
 
+/// What a disk with the present interface offers: what QEMU shows, but for [`RING_RESET`].
+const OFFERED_MODERN: u64 = OFFERED & !(SCSI | NOTIFY_ON_EMPTY) | VERSION_1;
+
+/// What a guest of QEMU's can have agreed to besides: QEMU does not compare with what it shows.
+/// There is nothing to be done for any of it that is not done here.
+const TOLERATED_MODERN: u64 = NOTIFY_ON_EMPTY | ANY_LAYOUT | RING_RESET;
+
+/// What a disk offers.
+fn offered(interface: Interface, is_read_only: bool) -> u64 {
+    let common = match interface {
+        Interface::Legacy => OFFERED,
+        Interface::Modern => OFFERED_MODERN,
+    };
+    common | if is_read_only { RO } else { 0 }
+}
+
+/// What a guest that arrives can have agreed to, with a disk that offers those features.
+fn acceptable(interface: Interface, offered: u64) -> u64 {
+    match interface {
+        Interface::Legacy => offered,
+        Interface::Modern => offered | TOLERATED_MODERN,
+    }
+}
+
 /// Names of all bits in `features`.
 fn names(features: u64) -> String {
     let bits = (0..64).filter(|bit| features >> bit & 1 != 0);
@@ -169,6 +201,10 @@ fn names(features: u64) -> String {
 mod status {
     /// The driver works.
     pub(super) const DRIVER_OK: u8 = 4;
+    /// Guest and device agree about features.
+    pub(super) const FEATURES_OK: u8 = 8;
+    /// The device is broken.
+    pub(super) const NEEDS_RESET: u8 = 64;
 }
 
 #[cfg(test)]

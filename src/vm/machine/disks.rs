@@ -55,6 +55,7 @@ pub(super) fn make(
         };
         let disk = Disk::new(Parts {
             slot: wanted.slot,
+            interface: config.interface,
             serial: wanted.serial.clone(),
             image: Arc::clone(drive) as _,
             map: Arc::clone(map),

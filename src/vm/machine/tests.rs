@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::chardev::{Incoming, Receiver};
-use crate::config::{Accel as WantedAccel, BackendKind, Boot, MemoryBackend};
+use crate::config::{Accel as WantedAccel, BackendKind, Boot, Interface, MemoryBackend};
 use crate::vm::boot::specimen::{Class, elf};
 use crate::vm::dirty::DirtySink;
 use crate::vm::guest::Guest;
@@ -68,6 +68,7 @@ fn config(bios: PathBuf) -> MachineConfig {
         auto_kernel_cmdline: true,
         serial: None,
         chips: Chips::default(),
+        interface: Interface::default(),
         drives: Vec::new(),
         disks: Vec::new(),
         memory_backend: None,

@@ -8,11 +8,15 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::modern::Arrived;
 use super::registers::{self, Register, Registers};
-use super::ring::{Broken, Queue, Ring};
+use super::ring::{Broken, Ring};
 use super::section::State;
 use super::worker::Crew;
-use super::{CONFIG_WCE, FLUSH, OFFERED, RO, SLOT_BYTES, SLOTS_BASE, config, status};
+use super::{
+    CONFIG_WCE, FLUSH, Interface, SLOT_BYTES, SLOTS_BASE, VERSION_1, acceptable, config, offered,
+    status,
+};
 use crate::block::{Backend, Fault};
 use crate::config::OnError;
 use crate::vm::device::bus::IrqLine;
@@ -28,6 +32,8 @@ pub(crate) struct Disk {
 pub(crate) struct Parts {
     /// Number of its slot, below 8.
     pub(crate) slot: usize,
+    /// What its slot looks like.
+    pub(crate) interface: Interface,
     /// The serial number the guest can ask for.
     pub(crate) serial: String,
     /// Its bytes.
@@ -48,6 +54,7 @@ pub(crate) struct Parts {
 /// What vCPUs and workers share.
 pub(super) struct Shared {
     pub(super) slot: usize,
+    interface: Interface,
     pub(super) serial: String,
     pub(super) image: Arc<dyn Backend>,
     pub(super) map: Arc<Map>,
@@ -93,10 +100,9 @@ struct Line {
     is_high: bool,
 }
 
-/// Interrupt status: something was given back.
+/// Interrupt status: something was given back; the device itself has changed.
 pub(super) const USED: u8 = 1;
-/// The configuration is another one.
-const CONFIG_CHANGED: u8 = 2;
+const CHANGED: u8 = 2;
 
 impl Disk {
     /// The disk at reset, of a guest that does not run.
@@ -108,12 +114,11 @@ impl Disk {
             what: format!("virtio-blk in slot {}", parts.slot),
             source,
         };
-        let offered = match parts.image.is_read_only() {
-            true => OFFERED | RO,
-            false => OFFERED,
-        };
+        let interface = parts.interface;
+        let offered = offered(interface, parts.image.is_read_only());
         let shared = Arc::new(Shared {
             slot: parts.slot,
+            interface,
             serial: parts.serial,
             image: parts.image,
             map: parts.map,
@@ -122,7 +127,7 @@ impl Disk {
             on_error: parts.on_error,
             stop: parts.stop,
             core: Mutex::new(Core::new(
-                State::at_reset(offered),
+                State::at_reset(interface, offered),
                 None,
                 parts.is_writeback,
             )),
@@ -165,13 +170,13 @@ impl Disk {
     /// The disk's length is another one.
     pub(crate) fn config_changed(&self) {
         if self.shared.core().is_started {
-            self.shared.interrupt(USED | CONFIG_CHANGED);
+            self.shared.raise(USED | CHANGED);
         }
     }
 
     /// State of a disk at rest at power on, to load a section into.
     pub(crate) fn reset_state(&self) -> State {
-        State::at_reset(self.shared.offered)
+        State::at_reset(self.shared.interface, self.shared.offered)
     }
 
     /// State of a disk whose guest does not run.
@@ -194,7 +199,8 @@ impl Disk {
             is_broken: core.is_broken,
             is_started: core.is_started,
             is_disabled: core.is_disabled,
-            offered: self.shared.offered,
+            acceptable: acceptable(self.shared.interface, self.shared.offered),
+            arrived: Arrived::default(),
         })
     }
 
@@ -237,16 +243,16 @@ impl Disk {
                 config::read(&core.config, at, size)
             });
         }
-        let (Some(register), 4) = (Register::at(offset), size) else {
+        let (Some(register), 4) = (Register::at(offset, shared.interface), size) else {
             return 0;
         };
         match register {
             Register::DeviceId => registers::BLOCK,
             Register::InterruptStatus => u32::from(lock(&shared.line).isr),
             Register::ShmLen => u32::MAX,
-            Register::HostFeatures => shared.visit(|core| match core.registers.host_features_sel {
-                0 => shared.offered as u32,
-                _ => 0,
+            Register::HostFeatures => shared.visit(|core| {
+                let word = core.registers.host_features_sel;
+                (shared.offered >> (32 * word.min(1))) as u32
             }),
             Register::QueueNumMax => shared.visit(|core| match core.registers.queue_sel {
                 0 => registers::ENTRIES,
@@ -256,8 +262,11 @@ impl Disk {
                 0 => (core.ring.queue().desc >> core.registers.page_shift) as u32,
                 _ => 0,
             }),
+            Register::QueueReady => shared
+                .visit(|core| core.registers.queue_sel == 0 && core.ring.is_ready())
+                .into(),
             Register::Status => shared.visit(|core| core.registers.status).into(),
-            other => other.of_empty_slot(),
+            other => other.of_empty_slot(shared.interface),
         }
     }
 
@@ -267,7 +276,7 @@ impl Disk {
         if let Some(at) = offset.checked_sub(registers::CONFIG) {
             return shared.visit(|core| core.write_config(at as usize, size, value));
         }
-        let (Some(register), 4) = (Register::at(offset), size) else {
+        let (Some(register), 4) = (Register::at(offset, shared.interface), size) else {
             return;
         };
         match register {
@@ -317,10 +326,7 @@ impl Core {
     /// The guest resets the device.
     fn reset(&mut self, is_writeback: bool) {
         self.registers.reset_device();
-        self.ring = Ring::new(Queue {
-            align: self.ring.queue().align,
-            ..Queue::new(self.entries)
-        });
+        self.ring = Ring::new(self.ring.queue().at_reset(self.entries));
         self.retries.clear();
         self.is_broken = false;
         self.is_started = false;
@@ -343,11 +349,6 @@ impl Core {
             // A driver that can not flush must not have to.
             self.has_cache = features & FLUSH != 0;
         }
-    }
-
-    pub(super) fn fail(&mut self, Broken(why): &Broken) {
-        log::error!("{why}");
-        self.is_broken = true;
     }
 }
 
@@ -392,20 +393,42 @@ impl Shared {
         match register {
             Register::HostFeaturesSel => registers.host_features_sel = u32::from(value != 0),
             Register::GuestFeaturesSel => registers.guest_features_sel = u32::from(value != 0),
+            Register::GuestFeatures if self.interface == Interface::Modern => {
+                let word = registers.guest_features_sel.min(1);
+                registers.proposal.features[word as usize] = value;
+            }
             Register::GuestFeatures if registers.guest_features_sel == 0 => {
                 registers.features = u64::from(value) & self.offered;
             }
             Register::GuestPageSize => registers.set_page_size(value),
             Register::QueueSel if value < registers::QUEUES => registers.queue_sel = value as u16,
-            Register::QueueNum if is_queue => core.ring.set_num(value),
-            Register::QueueAlign if is_queue => core.ring.set_align(value),
+            Register::QueueNum if is_queue => {
+                registers.proposal.num = value as u16;
+                core.ring.set_num(value);
+                self.check_ring(core);
+            }
+            Register::QueueAlign if is_queue => {
+                core.ring.set_align(value);
+                self.check_ring(core);
+            }
             Register::QueuePfn if is_queue && value != 0 => {
                 let address = u64::from(value) << registers.page_shift;
-                if let Err(error) = core.ring.set_address(address, self.map.memory()) {
-                    core.fail(&error);
-                }
+                core.ring.set_address(address);
+                self.check_ring(core);
             }
-            Register::Status => core.set_status(value as u8),
+            Register::QueueAddress(part) if is_queue => registers.proposal.addresses[part] = value,
+            Register::QueueReady if is_queue && value == 0 => core.ring.retire(),
+            Register::QueueReady if is_queue => {
+                core.ring.accept(&registers.proposal);
+                self.check_ring(core);
+            }
+            Register::Status => {
+                let mut status = value as u8;
+                if self.interface == Interface::Modern {
+                    status = registers.negotiate(status, self.offered);
+                }
+                core.set_status(status);
+            }
             _ => {}
         }
     }
@@ -414,6 +437,27 @@ impl Shared {
     fn reset(&self) {
         self.at_rest(|core| core.reset(self.is_writeback));
         self.acknowledge(!0);
+    }
+
+    /// A ring that the guest has put somewhere must be RAM.
+    fn check_ring(&self, core: &mut Core) {
+        core.ring.set_features(core.registers.features);
+        if let Err(error) = core.ring.check(self.map.memory()) {
+            self.fail(core, &error);
+        }
+    }
+
+    /// The guest has driven the device wrong. By the present interface it is told.
+    pub(super) fn fail(&self, core: &mut Core, Broken(why): &Broken) {
+        log::error!("{why}");
+        core.is_broken = true;
+        let registers = &mut core.registers;
+        if registers.features & VERSION_1 != 0 {
+            registers.status |= status::NEEDS_RESET;
+            if registers.status & status::DRIVER_OK != 0 {
+                self.raise(USED | CHANGED);
+            }
+        }
     }
 
     fn ring_of(&self, state: &State) -> Result<Ring, Broken> {
@@ -430,7 +474,11 @@ impl Shared {
         }
     }
 
-    pub(super) fn interrupt(&self, why: u8) {
+    pub(super) fn interrupt(&self) {
+        self.raise(USED);
+    }
+
+    fn raise(&self, why: u8) {
         let mut line = lock(&self.line);
         line.isr |= why;
         if !line.is_high {

@@ -1,5 +1,4 @@
-//! The ring between guest and device: virtio 1.0 §2.4 in the legacy layout, one piece of memory
-//! with the used ring at the next multiple of an alignment.
+//! The ring between guest and device: virtio 1.0 §2.4, wherever its parts are.
 //!
 //! The guest can write anything there. What can not be right breaks the device, as it breaks
 //! QEMU's: it does nothing more until the guest resets it. The virtio-queue crate takes a bad
@@ -11,6 +10,8 @@ use std::sync::atomic::{Ordering, fence};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, VolatileSlice};
 
 use super::Memory;
+use super::modern::Proposal;
+use super::queue::{DESCRIPTOR, Queue};
 use super::registers::ENTRIES;
 use super::{EVENT_IDX, NOTIFY_ON_EMPTY};
 use crate::vm::page_bits::Marks;
@@ -24,31 +25,6 @@ pub(super) struct Broken(pub(super) String);
 
 /// Result of looking into a ring.
 pub(super) type Result<T = ()> = std::result::Result<T, Broken>;
-
-/// Where the guest has put its queue.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Queue {
-    /// Entries, 1 to 1024.
-    pub(super) num: u32,
-    /// Alignment of the used ring, bytes.
-    pub(super) align: u32,
-    /// Guest-physical address of the descriptors; 0: there is no queue yet.
-    pub(super) desc: u64,
-    /// Index of the next request to be taken.
-    pub(super) last_avail: u16,
-}
-
-impl Queue {
-    /// A queue of so many entries that is nowhere yet.
-    pub(super) fn new(num: u32) -> Self {
-        Self {
-            num,
-            align: ALIGN,
-            desc: 0,
-            last_avail: 0,
-        }
-    }
-}
 
 /// A queue in use.
 #[derive(Debug)]
@@ -85,10 +61,6 @@ pub(super) struct Element {
     pub(super) writable: Vec<(u64, u64)>,
 }
 
-/// Default alignment of the used ring.
-const ALIGN: u32 = 4096;
-/// Bytes of a descriptor.
-const DESCRIPTOR: u64 = 16;
 /// Most pieces of a request.
 const PIECES: usize = 1024;
 /// Descriptor flags: there is another one; the device writes; it is a table.
@@ -119,6 +91,7 @@ impl Ring {
         let mut ring = Self::new(queue);
         ring.features = features;
         if ring.is_set() {
+            ring.check(memory)?;
             let Queue {
                 num, last_avail, ..
             } = ring.queue;
@@ -146,9 +119,15 @@ impl Ring {
         &self.queue
     }
 
-    /// Whether the guest has put it somewhere.
+    /// Whether the guest has put it somewhere where it is to be used.
     pub(super) fn is_set(&self) -> bool {
-        self.queue.desc != 0
+        self.queue.is_set()
+    }
+
+    /// Whether the guest has said by the present interface that it is to be used.
+    pub(super) fn is_ready(&self) -> bool {
+        let rings = self.queue.rings.as_ref();
+        rings.is_some_and(|rings| rings.is_ready)
     }
 
     /// Tells what guest and device agreed on.
@@ -172,28 +151,37 @@ impl Ring {
         }
     }
 
-    /// Puts the ring at a guest-physical address; it must be RAM.
-    pub(super) fn set_address(&mut self, desc: u64, memory: &Memory) -> Result {
+    /// Puts the ring at a guest-physical address.
+    pub(super) fn set_address(&mut self, desc: u64) {
         self.queue.desc = desc;
         self.lay_out();
-        let num = u64::from(self.queue.num);
-        for (name, address, len) in [
-            ("desc", desc, DESCRIPTOR * num),
-            ("avail", self.avail, 6 + 2 * num),
-            ("used", self.used, 6 + 8 * num),
-        ] {
-            if !memory.check_range(GuestAddress(address), len as usize) {
-                return Err(Broken(format!("Cannot map {name} ring at {address:#x}")));
-            }
+    }
+
+    /// Puts the ring where the guest has proposed.
+    pub(super) fn accept(&mut self, proposal: &Proposal) {
+        self.set_num(proposal.num.into());
+        self.queue.accept(proposal);
+        self.lay_out();
+    }
+
+    /// Whether all of a ring that is in use is RAM, with the words behind it that features add.
+    pub(super) fn check(&self, memory: &Memory) -> Result {
+        match self.is_set() {
+            true => self.queue.check(self.features, memory),
+            false => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Leaves the ring alone from now on: its memory may be used for something else. (QEMU would
+    /// look into it again at the next kick.)
+    pub(super) fn retire(&mut self) {
+        if let Some(rings) = &mut self.queue.rings {
+            rings.is_ready = false;
+        }
     }
 
     fn lay_out(&mut self) {
-        let (num, align) = (u64::from(self.queue.num), u64::from(self.queue.align));
-        self.avail = self.queue.desc.wrapping_add(num * DESCRIPTOR);
-        let end = self.avail.wrapping_add(4 + 2 * num);
-        self.used = end.wrapping_add(align - 1) & !(align - 1);
+        (self.avail, self.used) = self.queue.rings();
     }
 
     fn has(&self, feature: u64) -> bool {

@@ -1,8 +1,10 @@
 //! A disk's section: `virtio-mmio@<slot>/virtio-blk` version 2, spec/device-state.md §2.10.
 
+use super::modern::Arrived;
+use super::queue::Queue;
 use super::registers::{ENTRIES, QUEUES, Registers};
-use super::ring::{Element, Queue};
-use super::{OFFERED, config, names};
+use super::ring::Element;
+use super::{Interface, OFFERED, acceptable, config, names};
 use crate::vmstate::{Error, Result, Subsection, Visitor, VmState};
 
 /// All of a disk that is migrated.
@@ -25,23 +27,26 @@ pub(crate) struct State {
     /// The device is switched off by its bus (never on this one).
     pub(super) is_disabled: bool,
     /// What the guest can have agreed to; not on the wire.
-    pub(super) offered: u64,
+    pub(super) acceptable: u64,
+    /// Not on the wire either.
+    pub(super) arrived: Arrived,
 }
 
 impl State {
     /// A disk at reset that offers those features.
-    pub(super) fn at_reset(offered: u64) -> Self {
+    pub(super) fn at_reset(interface: Interface, offered: u64) -> Self {
         Self {
             registers: Registers::default(),
             isr: 0,
             config: vec![0; config::LEN],
-            queue: Queue::new(config::ENTRIES),
+            queue: Queue::new(config::ENTRIES, interface),
             entries: config::ENTRIES,
             retries: Vec::new(),
             is_broken: false,
             is_started: false,
             is_disabled: false,
-            offered,
+            acceptable: acceptable(interface, offered),
+            arrived: Arrived::default(),
         }
     }
 
@@ -138,8 +143,8 @@ impl VmState for State {
         Subsection {
             name: "virtio/virtqueues",
             version: 1,
-            needed: |_| false,
-            fields: |_, _| modern(),
+            needed: |s| s.queue.rings.is_some(),
+            fields: Self::walk_rings,
         },
         Subsection {
             name: "virtio/ringsize",
@@ -162,8 +167,8 @@ impl VmState for State {
         Subsection {
             name: "virtio/extra_state",
             version: 1,
-            needed: |_| false,
-            fields: |_, _| modern(),
+            needed: |s| s.queue.rings.is_some(),
+            fields: Self::walk_transport,
         },
         Subsection {
             name: "virtio/started",
@@ -175,7 +180,7 @@ impl VmState for State {
             name: "virtio/packed_virtqueues",
             version: 1,
             needed: |_| false,
-            fields: |_, _| modern(),
+            fields: |_, _| packed(),
         },
         Subsection {
             name: "virtio/disabled",
@@ -213,12 +218,13 @@ impl VmState for State {
 
     fn loaded(&mut self) -> std::result::Result<(), String> {
         self.config.resize(config::LEN, 0);
-        let alien = self.registers.features & !self.offered;
+        self.check_interface()?;
+        let alien = self.registers.features & !self.acceptable;
         if alien != 0 {
             return Err(format!(
                 "Features {alien:#x} unsupported: {}. Allowed features: {:#x}",
                 names(alien),
-                self.offered
+                self.acceptable
             ));
         }
         if !(1..=ENTRIES).contains(&self.entries) {
@@ -266,14 +272,14 @@ const _: () = assert!(ELEMENT == 16 + 48 * PARTS);
 const CONFIG_MAX: u32 = 4096;
 const _: () = assert!(OFFERED >> 32 == 0);
 
-/// The source's slots have virtio's present interface (force-legacy=off).
-fn modern() -> Result {
+/// The source's disk has `packed=on`.
+fn packed() -> Result {
     Err(inconsistent(
-        "virtio-mmio with force-legacy=off: not built in this version".to_owned(),
+        "virtio-blk with packed=on: not built in this version".to_owned(),
     ))
 }
 
-fn inconsistent(what: String) -> Error {
+pub(super) fn inconsistent(what: String) -> Error {
     Error::Inconsistent {
         section: "virtio".to_owned(),
         what,

@@ -1,5 +1,6 @@
 //! The disk against what QEMU 7.2 shows and sends, and against guests that mean no good.
 
+mod modern;
 mod worker;
 
 use std::io;
@@ -11,8 +12,9 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress};
 
 use super::disk::Parts;
+use super::queue::Queue;
 use super::request::{Outcome, Scratch, Target};
-use super::ring::{Broken, Chain, Queue, Ring};
+use super::ring::{Broken, Chain, Ring};
 use super::section::{DiskSection, State};
 use super::*;
 use crate::block::{Backend, Fault, SECTOR};
@@ -100,10 +102,16 @@ struct Bench {
 }
 
 fn bench(image: impl Backend + 'static) -> Bench {
-    bench_with(image, OnError::DEFAULT, Box::new(|_| ()))
+    bench_with(Interface::Legacy, image)
 }
 
-fn bench_with(
+fn bench_with(interface: Interface, image: impl Backend + 'static) -> Bench {
+    let stop = Box::new(|_| ());
+    stopping_bench(interface, image, OnError::DEFAULT, stop)
+}
+
+fn stopping_bench(
+    interface: Interface,
     image: impl Backend + 'static,
     on_error: [OnError; 2],
     stop: Box<dyn Fn(Fault) + Send + Sync>,
@@ -113,6 +121,7 @@ fn bench_with(
     let line = Arc::clone(&level);
     let disk = Disk::new(Parts {
         slot: 7,
+        interface,
         serial: "four".to_owned(),
         image: Arc::new(image),
         map: Arc::clone(&map),
@@ -199,7 +208,7 @@ impl Bench {
 #[test]
 fn registers_are_qemus() {
     let bench = bench(Image::new(2048));
-    let slots = Slots::new(std::slice::from_ref(&bench.disk));
+    let slots = Slots::new(std::slice::from_ref(&bench.disk), Interface::Legacy);
     let word = |address| {
         let mut bytes = [0x55; 4];
         assert!(slots.read(address, &mut bytes));
@@ -382,7 +391,7 @@ const AT_RESET: &str = "\
 
 #[test]
 fn the_section_is_qemus() {
-    let mut section = DiskSection(State::at_reset(OFFERED));
+    let mut section = DiskSection(State::at_reset(Interface::Legacy, OFFERED));
     let bytes = save(&mut section).unwrap();
     let hex: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
     assert_eq!(hex, AT_RESET);
@@ -408,7 +417,7 @@ fn the_section_is_qemus() {
         bytes.len(),
         139 + (6 + 15 + 4096) + (6 + 13 + 1) + (6 + 14 + 1) + 3 - 3
     );
-    let mut again = DiskSection(State::at_reset(OFFERED));
+    let mut again = DiskSection(State::at_reset(Interface::Legacy, OFFERED));
     load(&mut again, 2, &mut &bytes[..]).unwrap();
     assert_eq!(again, section);
 }
@@ -416,9 +425,13 @@ fn the_section_is_qemus() {
 #[test]
 fn sections_that_can_not_be_are_refused() {
     let refused = |change: &dyn Fn(&mut Vec<u8>)| {
-        let mut bytes = save(&mut DiskSection(State::at_reset(OFFERED))).unwrap();
+        let mut bytes = save(&mut DiskSection(State::at_reset(
+            Interface::Legacy,
+            OFFERED,
+        )))
+        .unwrap();
         change(&mut bytes);
-        let mut section = DiskSection(State::at_reset(OFFERED));
+        let mut section = DiskSection(State::at_reset(Interface::Legacy, OFFERED));
         load(&mut section, 2, &mut &bytes[..])
             .unwrap_err()
             .to_string()
@@ -436,11 +449,10 @@ fn sections_that_can_not_be_are_refused() {
     assert!(refused(&|bytes| bytes[84] = 2).contains("field 'queues' is 0x2"));
     assert!(refused(&|bytes| bytes[87] = 8).contains("field 'vring.num' is 0x800"));
     assert!(refused(&|bytes| bytes[102] = 8).contains("VQ 0 address 0x0 inconsistent"));
-    let modern = |bytes: &mut Vec<u8>| {
-        bytes.extend(b"\x05\x11virtio/virtqueues\0\0\0\x01");
-        bytes.extend([0; 16384]);
+    let packed = |bytes: &mut Vec<u8>| {
+        bytes.extend(b"\x05\x18virtio/packed_virtqueues\0\0\0\x01");
     };
-    assert!(refused(&modern).contains("force-legacy=off: not built in this version"));
+    assert!(refused(&packed).contains("packed=on: not built in this version"));
 }
 
 #[test]
@@ -566,8 +578,9 @@ type Raw = (u64, u32, u16, u16);
 fn broken_by(descriptors: &[Raw]) -> String {
     let map = map();
     let memory = map.memory();
-    let mut ring = Ring::new(Queue::new(8));
-    ring.set_address(0x1000, memory).unwrap();
+    let mut ring = Ring::new(Queue::new(8, Interface::Legacy));
+    ring.set_address(0x1000);
+    ring.check(memory).unwrap();
     for (index, (address, len, flags, next)) in descriptors.iter().enumerate() {
         let rest = u64::from(*len) | u64::from(*flags) << 32 | u64::from(*next) << 48;
         let at = GuestAddress(0x1000 + 16 * index as u64);
@@ -625,9 +638,10 @@ fn chains_that_can_not_be_break_the_device() {
 #[test]
 fn a_ring_outside_ram_breaks_the_device() {
     let map = map();
-    let mut ring = Ring::new(Queue::new(256));
+    let mut ring = Ring::new(Queue::new(256, Interface::Legacy));
     for address in [0x1f_f000, 0xfeb0_0000, u64::MAX - 0xfff] {
-        assert!(ring.set_address(address, map.memory()).is_err());
+        ring.set_address(address);
+        assert!(ring.check(map.memory()).is_err());
     }
 }
 
@@ -651,10 +665,11 @@ proptest! {
     ) {
         let map = map();
         let memory = map.memory();
-        let mut ring = Ring::new(Queue::new(num));
+        let mut ring = Ring::new(Queue::new(num, Interface::Legacy));
         ring.set_features(features.into());
         ring.set_align(align);
-        let is_good = ring.set_address(desc, memory).is_ok();
+        ring.set_address(desc);
+        let is_good = ring.check(memory).is_ok();
         for (n, (address, len, flags, next)) in table.iter().enumerate() {
             let rest = u64::from(*len) | u64::from(*flags) << 32 | u64::from(*next) << 48;
             let at = desc.wrapping_add(16 * n as u64);
@@ -674,13 +689,13 @@ proptest! {
     /// Any bytes for a section are refused or taken, and what is taken comes back.
     #[test]
     fn any_section_is_answered(change in prop::collection::vec((0usize..139, any::<u8>()), 0..6)) {
-        let mut bytes = save(&mut DiskSection(State::at_reset(OFFERED))).unwrap();
+        let mut bytes = save(&mut DiskSection(State::at_reset(Interface::Legacy, OFFERED))).unwrap();
         for (at, value) in change {
             bytes[at] = value;
         }
-        let mut section = DiskSection(State::at_reset(OFFERED));
+        let mut section = DiskSection(State::at_reset(Interface::Legacy, OFFERED));
         if load(&mut section, 2, &mut &bytes[..]).is_ok() {
-            let mut again = DiskSection(State::at_reset(OFFERED));
+            let mut again = DiskSection(State::at_reset(Interface::Legacy, OFFERED));
             let saved = save(&mut section).unwrap();
             load(&mut again, 2, &mut &saved[..]).unwrap();
             prop_assert_eq!(again, section);

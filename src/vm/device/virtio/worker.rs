@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::disk::{Core, Shared, USED};
+use super::disk::{Core, Shared};
 use super::request::{Outcome, Scratch, Target};
 use super::ring::{Broken, Chain};
 
@@ -87,7 +87,7 @@ impl Shared {
             Ok(true) => {}
             Ok(false) => return false,
             Err(error) => {
-                core.fail(&error);
+                self.fail(&mut core, &error);
                 return false;
             }
         }
@@ -115,7 +115,7 @@ impl Shared {
         let mut core = self.core();
         let given_back = outcome.and_then(|outcome| self.give_back(&mut core, chain.head, outcome));
         if let Err(error) = given_back {
-            core.fail(&error);
+            self.fail(&mut core, &error);
         }
         self.is_done(&mut core);
         true
@@ -151,7 +151,7 @@ impl Shared {
             Outcome::Answered(len) => {
                 core.ring.push(memory, head, len)?;
                 if core.ring.wants_interrupt(memory)? {
-                    self.interrupt(USED);
+                    self.interrupt();
                 }
             }
             Outcome::Kept(fault) => {

@@ -80,7 +80,7 @@ fn slow_requests_are_executed_at_once() {
 fn stopping(image: &Ram, on_error: [OnError; 2]) -> (Bench, mpsc::Receiver<Fault>) {
     let (told, faults) = mpsc::channel();
     let stop = Box::new(move |fault| told.send(fault).unwrap_or(()));
-    let bench = bench_with(image.clone(), on_error, stop);
+    let bench = stopping_bench(Interface::Legacy, image.clone(), on_error, stop);
     bench.set_up();
     bench.disk.set_running(true);
     (bench, faults)
