@@ -10,6 +10,7 @@ mod memory;
 mod open;
 mod probe;
 mod raw;
+pub mod snapshots;
 mod stats;
 mod throttle;
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use common::disk::{DiskGuest, drive, goes_on};
 use common::hmp::PATIENCE;
-use common::need::{Need, require};
+use common::need::{Need, require, tool};
 use common::vmm::Program::{Hmpsh, Qemu7};
 use common::vmm::{Vmm, have};
 use common::{poll, without_node_digits};
@@ -21,7 +21,7 @@ fn create(directory: &Path, name: &str, args: &[&str]) -> String {
     if args[args.len() - 1] != "" {
         all.push(args[args.len() - 1]);
     }
-    let made = Command::new("qemu-img").args(&all).status().unwrap();
+    let made = Command::new(tool("qemu-img")).args(&all).status().unwrap();
     assert!(made.success(), "{all:?}");
     path
 }
@@ -185,7 +185,7 @@ fn committed_while_the_guest_writes() {
     vm.quiet("commit d0");
     goes_on(&[&vm]);
     vm.quit();
-    let check = Command::new("qemu-img")
+    let check = Command::new(tool("qemu-img"))
         .args(["check", &top])
         .output()
         .unwrap();

@@ -10,7 +10,7 @@ use std::process::{Command, Output};
 
 use common::disk::{DiskGuest, goes_on};
 use common::journey::moved;
-use common::need::{Need, require};
+use common::need::{Need, require, tool};
 use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
 use common::vmm::{Program, Setup, have};
 use tempfile::TempDir;
@@ -53,7 +53,7 @@ impl Place {
 }
 
 fn run(program: &str, args: &[&str]) -> Output {
-    Command::new(program).args(args).output().unwrap()
+    Command::new(tool(program)).args(args).output().unwrap()
 }
 
 #[track_caller]

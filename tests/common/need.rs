@@ -4,6 +4,7 @@
 use std::fs::OpenOptions;
 use std::io::Write;
 use std::net::TcpListener;
+use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 
@@ -16,7 +17,8 @@ pub(crate) enum Need {
     Qemu7,
     /// QEMU 10.0: command line in `HMPSH_QEMU10`.
     Qemu10,
-    /// `qemu-img` and `qemu-io` in `PATH`.
+    /// QEMU's `qemu-img` of any version, path in `HMPSH_QEMU_IMG` or else in `PATH`; `qemu-io`
+    /// beside it.
     QemuImg,
     /// IPv6 on the loopback interface.
     Ipv6,
@@ -51,8 +53,10 @@ impl Need {
             Self::Qemu10 => qemu(self)
                 .is_none()
                 .then(|| "no QEMU 10.0 (HMPSH_QEMU10)".to_owned()),
-            Self::QemuImg => (!["qemu-img", "qemu-io"].into_iter().all(runs))
-                .then(|| "no qemu-img and qemu-io".to_owned()),
+            Self::QemuImg => ["qemu-img", "qemu-io"]
+                .iter()
+                .any(|name| Command::new(tool(name)).arg("--version").output().is_err())
+                .then(|| "no qemu-img with qemu-io (HMPSH_QEMU_IMG)".to_owned()),
             Self::Root => {
                 (!rustix::process::geteuid().is_root()).then(|| "only root may do that".to_owned())
             }
@@ -61,12 +65,6 @@ impl Need {
                 .map(|error| format!("no IPv6 ([::1]: {error})")),
         }
     }
-}
-
-/// Whether a program of QEMU's is there.
-fn runs(program: &str) -> bool {
-    let told = Command::new(program).arg("--version").output();
-    told.is_ok_and(|told| told.status.success())
 }
 
 /// Whether everything in `needs` is there. If not, tells why the calling test is skipped, past
@@ -93,6 +91,12 @@ pub(crate) fn skipped(why: &str) {
     // What libtest hides is what the macros print. In one piece, other tests print too.
     let line = format!("{test}: skipped: {why}\n");
     let _ = std::io::stderr().write_all(line.as_bytes());
+}
+
+/// The path of `qemu-img`, or of what else is beside it.
+pub(crate) fn tool(name: &str) -> PathBuf {
+    let known = std::env::var_os("HMPSH_QEMU_IMG").unwrap_or_else(|| "qemu-img".into());
+    PathBuf::from(known).with_file_name(name)
 }
 
 /// The command line of that QEMU, program first, if there is one of the right version.
