@@ -14,6 +14,7 @@ pub mod snapshots;
 mod stats;
 mod throttle;
 
+use std::fs::File;
 use std::io;
 
 pub use self::drive::{CHUNK, Drive, Fault, Policy};
@@ -41,8 +42,10 @@ pub struct Layer {
     pub len: u64,
     /// Bytes that it takes on the host.
     pub allocated: u64,
-    /// What its header says is behind it, and its format.
-    pub behind: Option<(String, Format)>,
+    /// What its header says is behind it, and of which format.
+    pub behind: Option<(String, Option<Format>)>,
+    /// What else its header says.
+    pub facts: Option<snapshots::Facts>,
 }
 
 /// An open image. Its users stay within [`Backend::sectors`]; all methods block.
@@ -101,6 +104,19 @@ pub trait Backend: Send + Sync {
     /// Of the host, or the image's length can not be changed.
     fn resize(&self, _len: u64) -> io::Result<()> {
         Err(io::ErrorKind::Unsupported.into())
+    }
+
+    /// Does something with its file, of which nothing is only in memory meanwhile; with `is_changed`
+    /// nobody else uses the image, and its metadata are read anew afterwards.
+    ///
+    /// # Errors
+    /// Those of `act`, of the host, or it is not that kind of image.
+    fn with_file(
+        &self,
+        _is_changed: bool,
+        _act: &mut dyn FnMut(&File) -> io::Result<()>,
+    ) -> io::Result<()> {
+        Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP))
     }
 
     /// Moves what the image has into what is behind it, and empties it.

@@ -29,10 +29,12 @@ mod incoming;
 mod inspect;
 mod job;
 mod outgoing;
+mod snapshots;
 
 pub use events::{Events, Listener};
 pub use inspect::{ChardevInfo, CpuInfo, DriveInfo, DriveStats, RamBlockInfo};
 pub use outgoing::MigrateOptions;
+pub use snapshots::SnapshotList;
 
 /// Why a verb was refused or failed; the text is what the operator reads after `Error: `.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +94,8 @@ impl Control {
                 .map_err(Error::new)?;
         }
         let events = Arc::new(Events::default());
-        let machine = build_machine(&config, &chardevs, &events)?;
+        let is_incoming = config.incoming.is_some();
+        let machine = build_machine(&config, &chardevs, &events, is_incoming)?;
         let board = Arc::new(Board::default());
         let told = Arc::clone(&events);
         board.watch(Box::new(move |snapshot| {
@@ -273,6 +276,9 @@ impl Control {
         {
             log::warn!("Failed to stop the guest: {error}");
         }
+        if let Err(error) = self.machine().release_drives(true) {
+            log::error!("{error}");
+        }
         for chardev in &self.chardevs {
             chardev.close();
         }
@@ -364,6 +370,7 @@ fn build_machine(
     config: &Config,
     chardevs: &[Arc<dyn Chardev>],
     events: &Arc<Events>,
+    is_incoming: bool,
 ) -> Result<Arc<Machine>, Error> {
     let serial = config
         .machine
@@ -373,7 +380,6 @@ fn build_machine(
         .map(Arc::clone);
     let told = Arc::clone(events);
     let sink: EventSink = Arc::new(move |event| told.tell(&event));
-    let is_incoming = config.incoming.is_some();
     let machine = Machine::new(&config.machine, serial, sink, is_incoming)?;
     machine.set_reboots(!config.no_reboot);
     Ok(machine)

@@ -40,6 +40,8 @@ pub mod poll;
 pub mod socket;
 
 // Floor 1: leaves.
+// Days and dates.
+pub(crate) mod calendar;
 // What the command line asked for.
 pub mod config;
 // What the system said, in `strerror`'s words.

@@ -190,6 +190,29 @@ fn multiplier(suffix: &str) -> Option<u64> {
     rest.is_empty().then_some(size)
 }
 
+/// A size in bytes as three digits and a unit, as QEMU's `size_to_str` words it.
+pub fn three_digits(bytes: u64) -> String {
+    const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
+    // A unit begins a little before 1024 of the one below, where three digits would end.
+    let mut unit = 0;
+    while unit + 1 < UNITS.len() && bytes as f64 / f64::powi(1024.0, unit as i32) >= 1000.0 {
+        unit += 1;
+    }
+    let number = bytes as f64 / f64::powi(1024.0, unit as i32);
+    let digits = match number {
+        ..1.0 => 3,
+        ..10.0 => 2,
+        ..100.0 => 1,
+        _ => 0,
+    };
+    let text = format!("{number:.digits$}");
+    let text = match text.contains('.') {
+        true => text.trim_end_matches('0').trim_end_matches('.'),
+        false => &text,
+    };
+    format!("{text} {}B", UNITS[unit])
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -293,6 +316,23 @@ mod tests {
         fn any_text_is_answered(text in ".{0,40}", unit in 1u64..u64::MAX) {
             let _ = parse_size(&text, unit);
             let _ = parse_number(&text);
+        }
+    }
+
+    #[test]
+    fn sizes_have_three_digits() {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (512, "512 B"),
+            (999, "999 B"),
+            (1000, "0.977 KiB"),
+            (1024, "1 KiB"),
+            (1536, "1.5 KiB"),
+            (10 << 20, "10 MiB"),
+            (1_234_567_890, "1.15 GiB"),
+            (u64::MAX, "16 EiB"),
+        ] {
+            assert_eq!(three_digits(bytes), text);
         }
     }
 }

@@ -12,7 +12,12 @@ const FLOORS: [(u8, &[&str]); 6] = [
     (4, &["migration"]),
     (3, &["vm"]),
     (2, &["block", "chardev", "logger", "poll", "socket"]),
-    (1, &["config", "errno", "event", "iov", "units", "vmstate"]),
+    (
+        1,
+        &[
+            "calendar", "config", "errno", "event", "iov", "units", "vmstate",
+        ],
+    ),
 ];
 
 /// Modules of one floor that may name each other, one way only.

@@ -3,12 +3,11 @@
 
 mod common;
 
-use std::process::Command;
-
 use common::disk::{DiskGuest, drive, goes_on};
 use common::hmp::PATIENCE;
 use common::journey::moved;
 use common::need::{Need, require};
+use common::small::SmallDisk;
 use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
 use common::vmm::{Program, Setup, Vmm, have};
 use common::{poll, without_node_digits};
@@ -145,36 +144,6 @@ fn saved_and_loaded(source: &mut Vmm, setup: Setup) -> Vmm {
     setup.incoming(&format!("exec:cat {file}")).start()
 }
 
-/// A file system of its own.
-struct SmallDisk {
-    place: tempfile::TempDir,
-}
-
-impl SmallDisk {
-    fn new(options: &str) -> Self {
-        let place = tempfile::tempdir().unwrap();
-        let disk = Self { place };
-        disk.mount(options);
-        disk
-    }
-
-    fn mount(&self, options: &str) {
-        let place = self.place.path();
-        let mut mount = Command::new("mount");
-        let mount = mount
-            .args(["-t", "tmpfs", "-o", options, "none"])
-            .arg(place);
-        assert!(mount.status().unwrap().success());
-    }
-}
-
-impl Drop for SmallDisk {
-    fn drop(&mut self) {
-        let place = self.place.path();
-        let _ = Command::new("umount").arg("-l").arg(place).status();
-    }
-}
-
 /// A host without room stops the guest; with room it goes on, here or elsewhere.
 fn full(to: Option<Program>) {
     if !have(&[Hmpsh, Qemu7, Qemu10]) || !require(&[Need::Root]) {
@@ -182,7 +151,7 @@ fn full(to: Option<Program>) {
     }
     let guest = DiskGuest::new();
     let small = SmallDisk::new("size=32k");
-    let image = small.place.path().join("disk");
+    let image = small.path().join("disk");
     let file = std::fs::File::create(&image).unwrap();
     file.set_len(1 << 20).unwrap();
     let drive = drive("d0", &image, "");

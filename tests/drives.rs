@@ -49,12 +49,14 @@ fn answers_are_those_of_7_2() {
         }
         let mut vm = setup.args(&["-S"]).start();
         let lines = [
+            "info block -v".to_owned(),
+            "info block -n -v".to_owned(),
             "block_resize foo 10".to_owned(),
             "block_resize d0 10".to_owned(),
             "block_resize d0 1000k".to_owned(),
             "block_resize d1 12M".to_owned(),
             "block_resize d2 20M".to_owned(),
-            "info block -v".to_owned(),
+            "info block -v d0".to_owned(),
             "block_set_io_throttle foo 1 2 3 4 5 6".to_owned(),
             "block_set_io_throttle d0 1000000 2 0 0 0 0".to_owned(),
             "block_set_io_throttle d0 1000000 0 0 100 0 0".to_owned(),

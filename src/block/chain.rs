@@ -9,7 +9,7 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{FormatAccess, StorageOpenOptions};
 
-use super::{Layer, OpenError, OpenOptions, probe};
+use super::{Layer, OpenError, OpenOptions, probe, snapshots};
 use crate::config::Format;
 
 /// An image with all its layers open.
@@ -67,6 +67,11 @@ impl Opener {
             why: error.to_string(),
         };
         let allocated = probe::allocated(&file);
+        // A file past the cache is not read in small pieces; then there is less to tell.
+        let facts = match format {
+            Format::Raw => None,
+            Format::Qcow2 => snapshots::facts(&file).ok(),
+        };
         let storage = StorageOpenOptions::new()
             .filename(path)
             .write(is_writable)
@@ -82,6 +87,7 @@ impl Opener {
             len: 0,
             allocated,
             behind: None,
+            facts,
         });
         let image = match format {
             Format::Raw => {
@@ -118,13 +124,16 @@ impl Opener {
         let inner = |source: OpenError| OpenError::Behind(Box::new(source));
         let place = resolve(path, name).map_err(inner)?;
         let file = probe::open(&place, false, self.is_direct).map_err(inner)?;
-        let format = match format {
-            Some(format) => Format::from_name(format)
-                .ok_or_else(|| inner(OpenError::Driver(format.to_owned())))?,
+        let said = format
+            .map(|name| Format::from_name(name).ok_or_else(|| OpenError::Driver(name.to_owned())))
+            .transpose()
+            .map_err(inner)?;
+        let format = match said {
+            Some(format) => format,
             None => probe::format(&place).map_err(inner)?,
         };
         let last = self.layers.len() - 1;
-        self.layers[last].behind = Some((name.to_owned(), format));
+        self.layers[last].behind = Some((name.to_owned(), said));
         let copy = file.try_clone().map_err(|source| {
             inner(OpenError::Host {
                 path: name.to_owned(),

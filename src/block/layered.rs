@@ -6,6 +6,7 @@
 
 mod commit;
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -18,7 +19,7 @@ use imago::format::drivers::ShallowMapping;
 
 use super::chain::{self, Chain};
 use super::lock::{self, Use};
-use super::{Backend, Layer, LockError, OpenError, OpenOptions, SECTOR, probe};
+use super::{Backend, Layer, LockError, OpenError, OpenOptions, SECTOR, probe, snapshots};
 use crate::config::Format;
 use crate::iov::{self, In, Out};
 
@@ -35,6 +36,10 @@ pub(super) struct Layered {
 struct Access {
     image: FormatAccess<Storage>,
     is_writable: bool,
+    /// Parts of the disk, each with an L2 table of its own, that were written to.
+    tables: Mutex<BTreeSet<u64>>,
+    /// Bytes of such a part.
+    table_reach: u64,
     /// What is behind it, for the locks.
     behind: Vec<(File, String)>,
 }
@@ -74,10 +79,14 @@ impl Layered {
             behind,
         } = chain::open(file, self.format, &self.options, is_writable)?;
         self.sectors.store(image.size() / SECTOR, Ordering::SeqCst);
+        let facts = layers.first().and_then(|top| top.facts);
+        let table_reach = facts.map_or(u64::MAX, |facts| facts.cluster_size.pow(2) / 8);
         *self.lock_layers() = layers;
         Ok(Access {
             image,
             is_writable,
+            tables: Mutex::default(),
+            table_reach,
             behind,
         })
     }
@@ -94,10 +103,17 @@ impl Layered {
         self.access.write().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Does something with an image that is ours.
-    fn with<T>(&self, act: impl FnOnce(&FormatAccess<Storage>) -> io::Result<T>) -> io::Result<T> {
+    /// Changes so many bytes of an image that is ours.
+    fn with(
+        &self,
+        [offset, len]: [u64; 2],
+        act: impl FnOnce(&FormatAccess<Storage>) -> io::Result<()>,
+    ) -> io::Result<()> {
         match &*self.read_access() {
-            Some(access) if access.is_writable => act(&access.image),
+            Some(access) if access.is_writable => {
+                act(&access.image)?;
+                access.note(offset, len)
+            }
             _ => Err(not_ours()),
         }
     }
@@ -123,6 +139,27 @@ impl Layered {
             if access.is_none() {
                 *access = Some(self.read_metadata(false).map_err(io::Error::other)?);
             }
+        }
+    }
+
+    /// imago follows metadata wherever they lead.
+    fn inspect(&self) -> Result<(), OpenError> {
+        let failed = |error: io::Error| OpenError::Image {
+            path: self.options.name(),
+            why: error.to_string(),
+        };
+        let mut inspect = |file: &File| Ok(snapshots::inspect(file)?);
+        match self.format {
+            Format::Raw => Ok(()),
+            Format::Qcow2 => self.on_file(false, &mut inspect).map_err(failed),
+        }
+    }
+
+    /// The file as one that is read in any pieces.
+    fn on_file<T>(&self, writes: bool, act: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
+        match self.options.is_direct {
+            true => act(&probe::open(&self.options.path, writes, false).map_err(io::Error::other)?),
+            false => act(&self.file),
         }
     }
 
@@ -167,13 +204,19 @@ impl Backend for Layered {
     }
 
     fn write(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()> {
-        self.with(|image| image.writev(iov::as_slices(pieces).into(), offset))
+        let len = pieces.iter().map(|piece| piece.len() as u64).sum();
+        self.with([offset, len], |image| {
+            image.writev(iov::as_slices(pieces).into(), offset)
+        })
     }
 
     fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         match may_unmap {
-            true => self.with_alone(|image| image.discard_to_zero(offset, len)),
-            false => self.with(|image| image.write_zeroes(offset, len)),
+            true => {
+                self.with_alone(|image| image.discard_to_zero(offset, len))?;
+                self.with([offset, len], |_| Ok(()))
+            }
+            false => self.with([offset, len], |image| image.write_zeroes(offset, len)),
         }
     }
 
@@ -212,6 +255,32 @@ impl Backend for Layered {
         Ok(())
     }
 
+    fn with_file(
+        &self,
+        is_changed: bool,
+        act: &mut dyn FnMut(&File) -> io::Result<()>,
+    ) -> io::Result<()> {
+        if self.format == Format::Raw {
+            return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
+        }
+        if !is_changed {
+            let access = self.read_access();
+            if let Some(access) = access.as_ref().filter(|access| access.is_writable) {
+                access.image.flush()?;
+            }
+            return self.on_file(false, act);
+        }
+        let mut access = self.write_access();
+        let own = access.as_ref().filter(|access| access.is_writable);
+        own.ok_or_else(not_ours)?.image.flush()?;
+        *access = None;
+        let done = self.on_file(true, act);
+        let anew = self.read_metadata(true).map_err(io::Error::other)?;
+        let locked = self.lock(&anew.behind);
+        *access = Some(anew);
+        done.and(locked.map_err(io::Error::other))
+    }
+
     fn commit(&self) -> io::Result<()> {
         let mut access = self.write_access();
         match &*access {
@@ -230,6 +299,7 @@ impl Backend for Layered {
         }
         // Locked first: what is read afterwards nobody changes any more.
         let taken = self.lock(&[]).and_then(|()| {
+            self.inspect()?;
             let anew = self.read_metadata(!self.options.is_read_only)?;
             self.lock(&anew.behind)?;
             Ok(anew)
@@ -271,6 +341,29 @@ impl Backend for Layered {
             Some(access) if access.is_writable => access.image.sync(),
             _ => Ok(()),
         }
+    }
+}
+
+impl Access {
+    /// After that part was written to. imago puts a new L2 table into the L1 table on the disk at
+    /// once, and its reference count there when it is flushed: a process that ended between the two
+    /// would leave an image in which the table's place counts as free.
+    fn note(&self, offset: u64, len: u64) -> io::Result<()> {
+        let Some(last) = len
+            .checked_sub(1)
+            .map(|rest| (offset + rest) / self.table_reach)
+        else {
+            return Ok(());
+        };
+        let parts = offset / self.table_reach..=last;
+        let is_known = |tables: &BTreeSet<u64>| parts.clone().all(|part| tables.contains(&part));
+        let lock = || self.tables.lock().unwrap_or_else(PoisonError::into_inner);
+        if is_known(&lock()) {
+            return Ok(());
+        }
+        self.image.flush()?;
+        lock().extend(parts);
+        Ok(())
     }
 }
 

@@ -83,6 +83,7 @@ impl Backend for Raw {
             len: self.sectors() * SECTOR,
             allocated: probe::allocated(&self.file),
             behind: None,
+            facts: None,
         }]
     }
 

@@ -21,6 +21,8 @@ mod vm_state;
 use self::change::Change;
 pub use self::creation::{Creation, New};
 pub use self::error::Error;
+pub use self::header::Facts;
+use self::header::Header;
 use self::image::Image;
 pub use self::storage::Storage;
 pub use self::table::{Snapshot, State};
@@ -32,6 +34,25 @@ pub use self::vm_state::VmState;
 /// It can not be read, or is no qcow2 that these functions can handle.
 pub fn list<S: Storage>(file: &S) -> Result<Vec<Snapshot>, Error> {
     Ok(Image::open(file)?.snapshots)
+}
+
+/// What the image says of itself.
+///
+/// # Errors
+/// It can not be read, or is no qcow2 that these functions can handle.
+pub fn facts<S: Storage>(file: &S) -> Result<Facts, Error> {
+    Ok(Header::read(file)?.facts())
+}
+
+/// Everything that the disk is read and written by is in the file and well: whoever has only
+/// followed it can not be led astray. Only reads.
+///
+/// # Errors
+/// What is not well.
+pub fn inspect<S: Storage>(file: &S) -> Result<(), Error> {
+    let image = Image::open(file)?;
+    let mut refcounts = image.refcounts()?;
+    tree::check(&image, &mut refcounts, &image.active()?)
 }
 
 /// Begins a snapshot of the disk as it is, with what is written to it as its VM state.

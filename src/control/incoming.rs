@@ -115,7 +115,7 @@ impl Control {
 
     /// Whatever arrived in part is thrown away with the machine it arrived in.
     fn renew_machine(&self) -> Result<(), Error> {
-        let fresh = build_machine(&self.config, &self.chardevs, &self.events)?;
+        let fresh = build_machine(&self.config, &self.chardevs, &self.events, true)?;
         fresh.set_run_state(RunState::InMigrate);
         fresh.adopt_drives(&self.machine());
         *lock(&self.machine) = fresh;

@@ -17,3 +17,4 @@ pub(super) mod migrate;
 pub(super) mod migrate_status;
 pub(super) mod port;
 pub(super) mod run;
+pub(super) mod snapshots;

@@ -20,6 +20,8 @@ pub trait Context {
     fn chardevs(&self) -> Vec<(String, bool)>;
     /// Ids of the drives.
     fn drives(&self) -> Vec<String>;
+    /// Names of the snapshots that every disk has.
+    fn snapshots(&self) -> Vec<String>;
     /// Names of the log items.
     fn log_items(&self) -> Vec<String>;
     /// Names in a directory (empty: the current one), and whether each is a directory itself.
@@ -165,6 +167,7 @@ fn candidates(
             .map(|(id, _)| id)
             .collect(),
         Completion::Drive => context.drives(),
+        Completion::Snapshot => context.snapshots(),
         Completion::LogItem => {
             let done = last.rfind(',').map_or("", |comma| &last[..=comma]);
             context
@@ -223,6 +226,9 @@ pub(crate) mod tests {
         }
         fn drives(&self) -> Vec<String> {
             vec!["hd0".to_owned()]
+        }
+        fn snapshots(&self) -> Vec<String> {
+            vec!["tuesday".to_owned()]
         }
         fn log_items(&self) -> Vec<String> {
             vec!["none".to_owned(), "migration".to_owned()]

@@ -129,6 +129,8 @@ pub enum Completion {
     Ringbuf,
     /// Drives.
     Drive,
+    /// Snapshots.
+    Snapshot,
     /// Log items.
     LogItem,
 }

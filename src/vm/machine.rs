@@ -177,6 +177,21 @@ impl Machine {
         self.accel.kvm().is_some()
     }
 
+    /// Nanoseconds that the guest has run by its own clock.
+    ///
+    /// # Errors
+    /// KVM does not say.
+    pub fn clock(&self) -> Result<u64, Error> {
+        Ok(self.accel.capture()?.clock.clock)
+    }
+
+    /// Takes input from its chardevs again, which another machine may have had meanwhile.
+    pub fn listen(&self) {
+        if let Some(serial) = &self.bus.serial {
+            serial.listen();
+        }
+    }
+
     /// Number of vCPUs.
     pub fn vcpus(&self) -> usize {
         self.vcpus

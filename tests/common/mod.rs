@@ -14,6 +14,7 @@ pub(crate) mod need;
 pub(crate) mod pairwise;
 pub(crate) mod qcow2;
 pub(crate) mod report;
+pub(crate) mod small;
 pub(crate) mod ticks;
 pub(crate) mod vmm;
 

@@ -7,7 +7,7 @@ use imago::file::File as Storage;
 use imago::format::drivers::ShallowMapping;
 
 use super::{Access, Layered};
-use crate::block::{Backend, CHUNK, Layer, OpenOptions, SECTOR, open};
+use crate::block::{Backend, CHUNK, Layer, OpenOptions, SECTOR, lock, open};
 use crate::iov::Out;
 
 impl Layered {
@@ -20,7 +20,7 @@ impl Layered {
             return Err(super::not_ours());
         };
         // Our own locks on what is behind would keep us from writing there.
-        own.behind.clear();
+        own.behind.iter().for_each(|(file, _)| lock::leave(file));
         let moved = self.move_behind(&own.image, behind);
         let emptied = moved.and_then(|()| {
             own.image.discard_to_backing(0, own.image.size())?;

@@ -58,7 +58,10 @@ fn what_is_written_is_read_and_the_rest_is_what_is_behind() {
     let image = open(options(&path)).unwrap();
     assert_eq!(image.sectors(), 4096);
     let layers = image.layers();
-    assert_eq!(layers[0].behind, Some(("base".to_owned(), Format::Raw)));
+    assert_eq!(
+        layers[0].behind,
+        Some(("base".to_owned(), Some(Format::Raw)))
+    );
     assert_eq!((layers.len(), layers[1].len), (2, CHUNK));
     // Not ours yet.
     assert_eq!(
@@ -138,7 +141,12 @@ proptest! {
             bytes[at % len] = value;
         }
         std::fs::write(&path, bytes).unwrap();
-        if let Ok(image) = open(options(&path)) && image.claim().is_ok() {
+        let Ok(image) = open(options(&path)) else { return Ok(()) };
+        let claimed = image.claim();
+        if let Err(error) = &claimed {
+            prop_assert!(error.to_string().contains(&path.display().to_string()), "{error}");
+        }
+        if claimed.is_ok() {
             let _ = read(&*image, 0, 1 << 16);
             let _ = write(&*image, 65536, &[2; 512]);
             let _ = image.zero(0, 65536, true);

@@ -21,6 +21,21 @@ pub(super) struct Header {
     features: [u64; 2],
 }
 
+/// What a header says of an image as such.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Bytes of a cluster.
+    pub cluster_size: u64,
+    /// Version 3, what QEMU calls 1.1; else 2, which it calls 0.10.
+    pub is_version_3: bool,
+    /// Compressed clusters are zstd's, not zlib's.
+    pub is_zstd: bool,
+    /// Reference counts may be written late.
+    pub is_lazy: bool,
+    /// Bits of a reference count.
+    pub refcount_bits: u32,
+}
+
 impl Header {
     /// Reads it, and refuses what the other functions could not handle.
     pub(super) fn read(storage: &impl Storage) -> Result<Self, Error> {
@@ -56,6 +71,17 @@ impl Header {
         header.check_features(word(32))?;
         header.check_tables()?;
         Ok(header)
+    }
+
+    /// What is worth telling of the image.
+    pub(super) fn facts(&self) -> Facts {
+        Facts {
+            cluster_size: self.cluster_size(),
+            is_version_3: self.version >= 3,
+            is_zstd: self.features[0] & KNOWN != 0,
+            is_lazy: self.features[1] & LAZY != 0,
+            refcount_bits: 1 << self.refcount_order,
+        }
     }
 
     /// Makes it the file's: the one write by which a change of snapshots comes into force. All of
@@ -184,6 +210,8 @@ pub(super) const MAX_REFCOUNT_TABLE: u64 = 8 << 20;
 /// No cluster begins here or behind.
 pub(super) const MAX_OFFSET: u64 = 1 << 56;
 
+/// Compatible feature: reference counts may be written late.
+const LAZY: u64 = 1;
 /// Most entries of an L1 table: QEMU's 32 MiB.
 const MAX_L1_LEN: u64 = (32 << 20) / 8;
 /// `QFI\xfb`.

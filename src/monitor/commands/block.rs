@@ -4,11 +4,12 @@
 
 use std::fmt::Write as _;
 
-use crate::block::Limits;
+use crate::block::{Layer, Limits};
 use crate::config::Zeroes;
 use crate::control::{DriveInfo, DriveStats};
 use crate::monitor::args::Args;
 use crate::monitor::session::{Error, Session};
+use crate::units::three_digits;
 
 /// `info block [-n] [-v] [device]`: nothing about a device that is not there.
 pub(crate) fn info_block(session: &mut Session, args: &Args) -> Result<(), Error> {
@@ -132,11 +133,8 @@ fn properties(text: &mut String, drive: &DriveInfo, layer: usize, is_format: boo
     if !is_format {
         return;
     }
-    if let Some((behind, _)) = drive
-        .layers
-        .get(layer)
-        .and_then(|layer| layer.behind.as_ref())
-    {
+    if let Some(behind) = drive.layers.get(layer + 1) {
+        let behind = &behind.file;
         let depth = drive.layers.len() - 1 - layer;
         line(
             text,
@@ -166,15 +164,52 @@ fn properties(text: &mut String, drive: &DriveInfo, layer: usize, is_format: boo
 fn images(text: &mut String, drive: &DriveInfo, layer: usize, file: Option<&str>) {
     line(text, "\nImages:");
     let count = file.map_or(drive.layers.len(), |_| 1);
-    for layer in drive.layers[layer..].iter().take(count) {
+    let mut layers = drive.layers.iter().skip(layer).take(count).peekable();
+    while let Some(layer) = layers.next() {
         line(text, &format!("image: {}", layer.file));
         line(
             text,
             &format!("file format: {}", file.unwrap_or(layer.format.name())),
         );
-        let (len, allocated) = (size(layer.len), size(layer.allocated));
+        let (len, allocated) = (three_digits(layer.len), three_digits(layer.allocated));
         line(text, &format!("virtual size: {len} ({} bytes)", layer.len));
         line(text, &format!("disk size: {allocated}"));
+        if file.is_none() {
+            let actual = layers.peek().map_or("", |behind| &behind.file);
+            facts(text, layer, actual);
+        }
+    }
+}
+
+/// What only qcow2 says of itself; `actual` is where what is behind it was found.
+fn facts(text: &mut String, layer: &Layer, actual: &str) {
+    let Some(facts) = layer.facts else {
+        return;
+    };
+    line(text, &format!("cluster_size: {}", facts.cluster_size));
+    if let Some((name, format)) = &layer.behind {
+        let place = match name == actual {
+            true => String::new(),
+            false => format!(" (actual path: {actual})"),
+        };
+        line(text, &format!("backing file: {name}{place}"));
+        if let Some(format) = format {
+            line(text, &format!("backing file format: {}", format.name()));
+        }
+    }
+    line(text, "Format specific information:");
+    let compat = if facts.is_version_3 { "1.1" } else { "0.10" };
+    line(text, &format!("    compat: {compat}"));
+    let compression = if facts.is_zstd { "zstd" } else { "zlib" };
+    line(text, &format!("    compression type: {compression}"));
+    if facts.is_version_3 {
+        line(text, &format!("    lazy refcounts: {}", facts.is_lazy));
+    }
+    line(text, &format!("    refcount bits: {}", facts.refcount_bits));
+    if facts.is_version_3 {
+        // An image with either is not opened.
+        line(text, "    corrupt: false");
+        line(text, "    extended l2: false");
     }
 }
 
@@ -190,29 +225,6 @@ fn stats(stats: &DriveStats) -> String {
     )
 }
 
-/// Three digits and a unit, as QEMU's `size_to_str`.
-fn size(bytes: u64) -> String {
-    const UNITS: [&str; 7] = ["", "Ki", "Mi", "Gi", "Ti", "Pi", "Ei"];
-    // A unit begins a little before 1024 of the one below, where three digits would end.
-    let mut unit = 0;
-    while unit + 1 < UNITS.len() && bytes as f64 / f64::powi(1024.0, unit as i32) >= 1000.0 {
-        unit += 1;
-    }
-    let number = bytes as f64 / f64::powi(1024.0, unit as i32);
-    let digits = match number {
-        ..1.0 => 3,
-        ..10.0 => 2,
-        ..100.0 => 1,
-        _ => 0,
-    };
-    let text = format!("{number:.digits$}");
-    let text = match text.contains('.') {
-        true => text.trim_end_matches('0').trim_end_matches('.'),
-        false => &text,
-    };
-    format!("{text} {}B", UNITS[unit])
-}
-
 fn line(text: &mut String, line: &str) {
     // Writing to a String can not fail.
     let _ = writeln!(text, "{line}");
@@ -221,7 +233,6 @@ fn line(text: &mut String, line: &str) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::Layer;
     use crate::config::{Cache, Format};
 
     fn drives() -> Vec<DriveInfo> {
@@ -234,6 +245,7 @@ mod tests {
                 len: 5 << 20,
                 allocated: 0,
                 behind: None,
+                facts: None,
             }],
             cache: Cache::default(),
             zeroes: Zeroes::Off,
@@ -276,23 +288,6 @@ mod tests {
         assert!(nodes(&drives(), None, false).starts_with(
             "#block500: b.img (raw)\n    Cache mode:       writeback\n\n#block400: b.img (file)\n"
         ));
-    }
-
-    #[test]
-    fn sizes_have_three_digits() {
-        for (bytes, text) in [
-            (0, "0 B"),
-            (512, "512 B"),
-            (999, "999 B"),
-            (1000, "0.977 KiB"),
-            (1024, "1 KiB"),
-            (1536, "1.5 KiB"),
-            (10 << 20, "10 MiB"),
-            (1_234_567_890, "1.15 GiB"),
-            (u64::MAX, "16 EiB"),
-        ] {
-            assert_eq!(size(bytes), text);
-        }
     }
 
     #[test]

@@ -36,6 +36,15 @@ impl Context for Machine<'_> {
         self.0.drives().into_iter().map(|drive| drive.id).collect()
     }
 
+    fn snapshots(&self) -> Vec<String> {
+        let list = self.0.snapshots().unwrap_or_default();
+        let names = list
+            .whole
+            .iter()
+            .map(|snapshot| snapshot.name().into_owned());
+        names.collect()
+    }
+
     fn chardevs(&self) -> Vec<(String, bool)> {
         let is_ringbuf = |description: &str| description.starts_with("ringbuf");
         self.0

@@ -248,7 +248,7 @@ fn names(key: &str, value: toml::Value) -> Result<Vec<String>, String> {
 const LETTERS: &str = "FBsSilMoTb/";
 
 /// Names a `completion` list may hold; `monitor::table::Completion` has a variant for each.
-pub(crate) const COMPLETIONS: [&str; 13] = [
+pub(crate) const COMPLETIONS: [&str; 14] = [
     "none",
     "command",
     "item",
@@ -261,6 +261,7 @@ pub(crate) const COMPLETIONS: [&str; 13] = [
     "chardev",
     "ringbuf",
     "drive",
+    "snapshot",
     "log-item",
 ];
 

@@ -4,7 +4,6 @@
 //! Only a running guest's chip raises interrupts. The clock of the day goes on while the guest
 //! rests: it follows the host's.
 
-mod calendar;
 mod registers;
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};

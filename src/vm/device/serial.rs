@@ -61,8 +61,14 @@ impl Serial {
             irq,
             inner: Mutex::new(inner),
         });
-        let weak = Arc::downgrade(&serial);
-        serial.chardev.receive(Box::new(move |incoming| {
+        serial.listen();
+        serial
+    }
+
+    /// Takes the chardev's input, which another device may have had meanwhile.
+    pub(crate) fn listen(self: &Arc<Self>) {
+        let weak = Arc::downgrade(self);
+        self.chardev.receive(Box::new(move |incoming| {
             if let (Incoming::Bytes(bytes, _), Some(serial)) = (incoming, weak.upgrade()) {
                 serial.change(|inner| {
                     let room = WAITING_MAX.saturating_sub(inner.waiting.len());
@@ -71,8 +77,8 @@ impl Serial {
             }
         }));
         // Not before: a device that gets a receiver takes input for it.
-        serial.chardev.set_readable(false);
-        serial
+        self.chardev.set_readable(false);
+        self.change(|inner| inner.told = false);
     }
 
     /// Reads register 0 to 7.

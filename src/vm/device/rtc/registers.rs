@@ -6,7 +6,7 @@
 //! on its way reads the right time where it arrives. Nothing here looks at a clock; callers say
 //! what it shows.
 
-use super::calendar::{DAY, Date};
+use crate::calendar::{DAY, Date};
 use crate::vmstate::{Result, Subsection, Visitor, VmState};
 
 const SECONDS: usize = 0;

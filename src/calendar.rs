@@ -4,25 +4,25 @@
 
 /// A date and time of day. What is read from a chip's registers may lie out of range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Date {
+pub(crate) struct Date {
     /// 1970 and so on.
-    pub(super) year: i64,
+    pub(crate) year: i64,
     /// 1 to 12.
-    pub(super) month: i64,
+    pub(crate) month: i64,
     /// 1 to 31.
-    pub(super) day: i64,
+    pub(crate) day: i64,
     /// 1 (Sunday) to 7; not looked at by [`Self::seconds`].
-    pub(super) weekday: i64,
+    pub(crate) weekday: i64,
     /// 0 to 23.
-    pub(super) hour: i64,
+    pub(crate) hour: i64,
     /// 0 to 59.
-    pub(super) minute: i64,
+    pub(crate) minute: i64,
     /// 0 to 59.
-    pub(super) second: i64,
+    pub(crate) second: i64,
 }
 
 /// Seconds of a day.
-pub(super) const DAY: i64 = 86_400;
+pub(crate) const DAY: i64 = 86_400;
 /// Days of 400 years.
 const ERA: i64 = 146_097;
 /// Days from 1 March of year 0 to 1 January 1970.
@@ -30,7 +30,7 @@ const EPOCH: i64 = 719_468;
 
 impl Date {
     /// The date that many seconds after the beginning of 1970, UTC.
-    pub(super) fn at(seconds: i64) -> Self {
+    pub(crate) fn at(seconds: i64) -> Self {
         let (days, time) = (seconds.div_euclid(DAY), seconds.rem_euclid(DAY));
         let count = days + EPOCH;
         let (era, of_era) = (count.div_euclid(ERA), count.rem_euclid(ERA));
@@ -52,7 +52,7 @@ impl Date {
 
     /// Seconds since the beginning of 1970. Months and days out of range count on from where they
     /// would be, as with QEMU's `mktimegm`.
-    pub(super) fn seconds(&self) -> i64 {
+    pub(crate) fn seconds(&self) -> i64 {
         let (year, month) = if self.month < 3 {
             (self.year - 1, self.month + 12)
         } else {

@@ -1,0 +1,314 @@
+//! `savevm`, `loadvm`, `delvm`: a guest that lives on its disk goes back in time, with the disk.
+
+mod common;
+
+use std::path::Path;
+
+use common::disk::{DiskGuest, goes_on};
+use common::hmp::PATIENCE;
+use common::need::{Need, require, tool};
+use common::poll;
+use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
+use common::vmm::{Program, Setup, Vmm, have};
+
+/// A guest with two qcow2 disks, of which it lives on the first.
+struct Place {
+    guest: DiskGuest,
+    directory: tempfile::TempDir,
+}
+
+impl Place {
+    fn new() -> Self {
+        let place = Self {
+            guest: DiskGuest::new(),
+            directory: tempfile::tempdir().unwrap(),
+        };
+        for name in ["used", "spare"] {
+            place.img(&["create", "-q", "-f", "qcow2"], &[name, "2M"]);
+        }
+        place
+    }
+
+    fn path(&self, name: &str) -> String {
+        self.directory.path().join(name).display().to_string()
+    }
+
+    /// Runs `qemu-img` in the directory.
+    #[track_caller]
+    fn img(&self, args: &[&str], more: &[&str]) -> String {
+        let mut command = std::process::Command::new(tool("qemu-img"));
+        let output = command.args(args).args(more).current_dir(&self.directory);
+        let output = output.output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert!(output.status.success(), "{args:?}: {said}");
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    }
+
+    fn setup(&self, program: Program) -> Setup {
+        let drive = |id: &str, name: &str| {
+            let file = self.path(name);
+            format!("if=none,id={id},file={file},format=qcow2")
+        };
+        self.guest
+            .setup_on(program, &drive("d0", "used"))
+            .args(&["-drive", &drive("d1", "spare")])
+            .args(&["-device", "virtio-blk-device,drive=d1"])
+    }
+
+    #[track_caller]
+    fn is_clean(&self) {
+        for name in ["used", "spare"] {
+            let text = self.img(&["check"], &[name]);
+            assert!(text.contains("No errors were found"), "{text}");
+        }
+    }
+}
+
+/// The number of the guest's last beacon.
+fn beacon(vm: &Vmm) -> u64 {
+    let log = std::fs::read_to_string(vm.log()).unwrap();
+    assert!(!log.contains("FAULT"), "{log}");
+    let whole = &log[..log.rfind('\n').unwrap_or(0)];
+    let last = whole.lines().rev().find_map(|line| line.strip_prefix("B "));
+    last.unwrap().parse().unwrap()
+}
+
+#[track_caller]
+fn wait_beacon(vm: &Vmm, is: impl Fn(u64) -> bool) {
+    let found = poll(PATIENCE, || is(beacon(vm)).then_some(()));
+    assert!(found.is_some(), "the beacon stays {}", beacon(vm));
+}
+
+/// Back in time twice, from a running guest and from one at rest.
+#[test]
+fn a_guest_goes_back_with_its_disks() {
+    if !have(&[Hmpsh]) || !require(&[Need::QemuImg]) {
+        return;
+    }
+    let place = Place::new();
+    let mut vm = place.setup(Hmpsh).start();
+    goes_on(&[&vm]);
+    assert_eq!(
+        vm.command("info snapshots"),
+        "There is no snapshot available.\n"
+    );
+    vm.quiet("savevm one");
+    let then = beacon(&vm);
+    wait_beacon(&vm, |now| now > then + 100);
+    let text = vm.command("info snapshots");
+    assert!(
+        text.starts_with("List of snapshots present on all disks:\nID        TAG   ")
+            && text.contains("\n--        one              "),
+        "{text}"
+    );
+    vm.quiet("loadvm one");
+    wait_beacon(&vm, |now| now < then + 100);
+    wait_beacon(&vm, |now| now > then + 150);
+    vm.wait_status("running");
+    // Again of that name: the older one goes.
+    vm.quiet("stop");
+    vm.quiet("savevm one");
+    vm.quiet("savevm two");
+    let then = beacon(&vm);
+    vm.quiet("cont");
+    wait_beacon(&vm, |now| now > then + 100);
+    vm.quiet("stop");
+    vm.quiet("loadvm one");
+    vm.wait_status("paused");
+    vm.quiet("cont");
+    wait_beacon(&vm, |now| now < then + 100);
+    wait_beacon(&vm, |now| now > then + 100);
+    assert_eq!(vm.command("info snapshots").matches("one").count(), 1);
+    vm.quiet("delvm two");
+    assert_eq!(
+        vm.command("delvm two"),
+        "Error: Snapshot 'two' does not exist\n"
+    );
+    assert_eq!(
+        vm.command("loadvm two"),
+        "Error: Snapshot 'two' does not exist in one or more devices\n"
+    );
+    vm.quit();
+    place.is_clean();
+    let listed = place.img(&["snapshot", "-l"], &["used"]);
+    assert!(
+        listed.contains(" one ") && !listed.contains(" two "),
+        "{listed}"
+    );
+}
+
+/// What QEMU makes of ours.
+fn taken_for_one_of_disks(program: Program) {
+    if !have(&[Hmpsh, program]) || !require(&[Need::QemuImg]) {
+        return;
+    }
+    let place = Place::new();
+    let mut vm = place.setup(Hmpsh).start();
+    goes_on(&[&vm]);
+    vm.quiet("savevm one");
+    vm.quit();
+    let mut vm = place.setup(program).args(&["-S"]).start();
+    let said = vm.command("loadvm one");
+    assert!(said.contains("This is a disk-only snapshot"), "{said}");
+    assert!(vm.command("info snapshots").contains(" one "));
+    vm.quit();
+    let mut vm = place.setup(Hmpsh).args(&["-S"]).start();
+    let then = vm.command("info snapshots");
+    vm.quiet("loadvm one");
+    vm.quiet("cont");
+    wait_beacon(&vm, |now| now > 70);
+    assert_eq!(vm.command("info snapshots"), then);
+}
+
+/// A QEMU's own snapshot is loaded here.
+fn taken_by(program: Program) {
+    if !have(&[Hmpsh, program]) || !require(&[Need::QemuImg]) {
+        return;
+    }
+    let place = Place::new();
+    let mut source = place.setup(program).start();
+    goes_on(&[&source]);
+    source.command("savevm theirs");
+    source.quiet("stop");
+    let listed = source.command("info snapshots");
+    let last = beacon(&source);
+    source.quit();
+    let mut vm = place.setup(Hmpsh).args(&["-S"]).start();
+    assert_eq!(vm.command("info snapshots"), listed);
+    vm.quiet("loadvm theirs");
+    vm.quiet("cont");
+    wait_beacon(&vm, |now| now > last + 70);
+    vm.quiet("delvm theirs");
+    vm.quit();
+    place.is_clean();
+}
+
+/// What goes wrong leaves the guest as it is, and the snapshots that were there.
+#[test]
+fn a_snapshot_that_can_not_be_had_changes_nothing() {
+    if !have(&[Hmpsh]) || !require(&[Need::QemuImg]) {
+        return;
+    }
+    let place = Place::new();
+    let mut vm = place.setup(Hmpsh).start();
+    goes_on(&[&vm]);
+    vm.quiet("savevm one");
+    vm.quiet("stop");
+    // The state is not what was saved.
+    let path = place.path("used");
+    let good = std::fs::read(&path).unwrap();
+    let mark = b"hmpsh guest";
+    let mut bad = good.clone();
+    let found = bad.windows(mark.len()).rposition(|bytes| bytes == mark);
+    bad[found.unwrap()] ^= 1;
+    std::fs::write(&path, &bad).unwrap();
+    let said = vm.command("loadvm one");
+    assert!(
+        said.contains("The VM state is not what was saved"),
+        "{said}"
+    );
+    std::fs::write(&path, &good).unwrap();
+    vm.quiet("cont");
+    goes_on(&[&vm]);
+    vm.quiet("loadvm one");
+    wait_beacon(&vm, |now| now > 140);
+
+    // One disk has not got it.
+    vm.quit();
+    place.img(&["snapshot", "-d", "one"], &["spare"]);
+    let mut vm = place.setup(Hmpsh).start();
+    goes_on(&[&vm]);
+    let said = vm.command("loadvm one");
+    assert_eq!(
+        said,
+        "Error: Snapshot 'one' does not exist in one or more devices\n"
+    );
+    let listed = vm.command("info snapshots");
+    assert!(
+        listed.contains("disks:\nNone\n\nList of partial (non-loadable) snapshots on 'd0':\n"),
+        "{listed}"
+    );
+    goes_on(&[&vm]);
+    let raw = place.directory.path().join("raw");
+    std::fs::write(&raw, [0; 512]).unwrap();
+    let option = format!("if=none,id=x,file={},format=raw", raw.display());
+    vm.command(&format!("drive_add 0 {option}"));
+    for line in ["savevm", "savevm foo", "loadvm foo", "delvm foo"] {
+        assert_eq!(
+            vm.command(line),
+            "Error: Device 'x' is writable but does not support snapshots\n",
+            "{line}"
+        );
+    }
+    goes_on(&[&vm]);
+}
+
+/// A full disk at any time while the snapshot is written.
+#[test]
+fn a_full_host_leaves_what_was_there() {
+    if !have(&[Hmpsh]) || !require(&[Need::QemuImg, Need::Root]) {
+        return;
+    }
+    let place = Place::new();
+    let small = common::small::SmallDisk::new("size=16m");
+    let used = small.path().join("used");
+    place.img(
+        &["create", "-q", "-f", "qcow2"],
+        &[&used.display().to_string(), "2M"],
+    );
+    let option = format!("if=none,id=d0,file={},format=qcow2", used.display());
+    let mut vm = place.guest.setup_on(Hmpsh, &option).start();
+    goes_on(&[&vm]);
+    vm.quiet("savevm one");
+    let stuffing = small.path().join("stuffing");
+    for kib in [0, 100, 400] {
+        fill(&stuffing, kib);
+        let said = vm.command("savevm two");
+        assert!(said.contains("No space left on device"), "{kib}: {said}");
+        std::fs::remove_file(&stuffing).unwrap();
+        vm.wait_status("running");
+        goes_on(&[&vm]);
+    }
+    let listed = vm.command("info snapshots");
+    assert!(
+        listed.contains(" one ") && !listed.contains(" two "),
+        "{listed}"
+    );
+    vm.quiet("savevm two");
+    vm.quiet("loadvm one");
+    wait_beacon(&vm, |now| now > 140);
+    vm.quit();
+    let text = place.img(&["check"], &[&used.display().to_string()]);
+    assert!(text.contains("No errors were found"), "{text}");
+}
+
+/// Takes all room of a file system but so many KiB.
+fn fill(path: &Path, but: u64) {
+    use std::io::Write;
+    let mut file = std::fs::File::create(path).unwrap();
+    let mut len = 0;
+    while file.write_all(&[1; 4096]).is_ok() {
+        len += 4096;
+    }
+    file.set_len(u64::saturating_sub(len, but << 10)).unwrap();
+}
+
+#[test]
+fn taken_for_one_of_disks_by_7_2() {
+    taken_for_one_of_disks(Qemu7);
+}
+
+#[test]
+fn taken_for_one_of_disks_by_10_0() {
+    taken_for_one_of_disks(Qemu10);
+}
+
+#[test]
+fn taken_by_7_2() {
+    taken_by(Qemu7);
+}
+
+#[test]
+fn taken_by_10_0() {
+    taken_by(Qemu10);
+}
