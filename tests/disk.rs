@@ -1,9 +1,14 @@
 //! A guest that lives on its disk, at rest and on its way between hmpsh and stock QEMU 7.2 and
-//! 10.0. It checks all it reads itself; one life over all hosts, as in tests/qemu.rs.
+//! 10.0. It checks all it reads itself; one life over all hosts, as in tests/qemu.rs. The same for
+//! the disk of the built-in guest.
 
 mod common;
 
-use common::disk::{DiskGuest, drive, goes_on};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use common::beacon::{fault, wait_fault, wait_requests};
+use common::disk::{DiskGuest, drive, goes_on, on_drive};
 use common::hmp::PATIENCE;
 use common::journey::moved;
 use common::need::{Need, require};
@@ -11,6 +16,7 @@ use common::small::SmallDisk;
 use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
 use common::vmm::{Program, Setup, Vmm, have};
 use common::{poll, without_node_digits};
+use tempfile::NamedTempFile;
 
 /// Boots and reads back what it wrote; `kind` is what it says of its disk.
 fn lives(program: Program, adjust: fn(Setup) -> Setup, kind: &str) {
@@ -406,23 +412,101 @@ fn what_the_guest_does_is_counted() {
     let mut vm = guest.setup(Hmpsh).start();
     goes_on(&[&vm]);
     vm.quiet("stop");
-    let text = vm.command("info blockstats");
-    let number = |name: &str| -> u64 {
-        let mut words = text.split_whitespace();
-        let value = words.find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
-        value.unwrap().parse().unwrap()
-    };
+    let mut number = |name| vm.blockstats(name);
     // Two sectors a round, one operation each way.
     assert_eq!(number("wr_bytes"), number("wr_operations") * 1024);
     assert_eq!(number("rd_bytes"), number("rd_operations") * 1024);
-    assert!(
-        number("wr_operations") >= 70 && number("flush_operations") >= 3,
-        "{text}"
-    );
-    assert!(
-        number("rd_total_time_ns") > 0 && number("idle_time_ns") > 0,
-        "{text}"
-    );
+    assert!(number("wr_operations") >= 70 && number("flush_operations") >= 3);
+    assert!(number("rd_total_time_ns") > 0 && number("idle_time_ns") > 0);
+}
+
+/// The built-in guest on a disk of its own.
+struct Checked {
+    image: NamedTempFile,
+    append: &'static str,
+}
+
+impl Checked {
+    /// With `append`, on so many bytes of zeros.
+    fn new(append: &'static str, len: u64) -> Self {
+        let image = NamedTempFile::new().unwrap();
+        image.as_file().set_len(len).unwrap();
+        Self { image, append }
+    }
+
+    fn setup(&self, program: Program, more: &str) -> Setup {
+        let setup = Setup::new(program).append("window=1M").append(self.append);
+        on_drive(setup, &drive("d0", self.image.path(), more))
+    }
+}
+
+/// It goes on at the last of `hosts`, for so many requests.
+#[track_caller]
+fn answers(hosts: &[&Vmm], requests: u64) {
+    let logs: Vec<PathBuf> = hosts.iter().map(|host| host.log()).collect();
+    let logs: Vec<_> = logs.iter().map(PathBuf::as_path).collect();
+    wait_requests(&logs, requests);
+}
+
+/// Requests of more than one pass of `disk=1`: 32 times 4 reads and writes.
+const PASS: u64 = 300;
+
+/// The built-in guest reads back what it wrote, and notices what it did not write.
+fn notices_a_changed_sector(program: Program) {
+    if !have(&[program]) {
+        return;
+    }
+    let guest = Checked::new("disk=1", 1 << 20);
+    let vm = guest.setup(program, "").start();
+    answers(&[&vm], PASS);
+    let image = std::fs::read(guest.image.path()).unwrap();
+    let (used, rest) = image.split_at(512 << 10);
+    for (number, sector) in used.chunks(512).enumerate() {
+        assert_eq!(sector[..3], number.to_le_bytes()[..3]);
+        assert_eq!(sector[..16], sector[512 - 16..]);
+    }
+    assert!(rest.iter().all(|byte| *byte == 0));
+    // Again and again: it may be about to rewrite what it has just read.
+    let change = || {
+        let bytes = [0x55; 16];
+        let at = 100 * 512 + 496;
+        guest.image.as_file().write_all_at(&bytes, at).unwrap();
+        fault(&vm.log())
+    };
+    let found = poll(PATIENCE, change).expect("it is noticed");
+    assert!(found.starts_with("FAULT sector 100 offset 496 "), "{found}");
+    assert!(found.ends_with(" found 5555555555555555 5555555555555555"));
+}
+
+/// The built-in guest's disk moves from host to host with its requests.
+fn moves_checked(append: &'static str, programs: &[Program]) {
+    if !have(programs) {
+        return;
+    }
+    let guest = Checked::new(append, 1 << 20);
+    let mut hosts = vec![guest.setup(programs[0], "").start()];
+    answers(&[&hosts[0]], PASS);
+    for program in &programs[1..] {
+        let next = moved(hosts.last_mut().unwrap(), guest.setup(*program, ""));
+        hosts.push(next);
+        answers(&hosts.iter().collect::<Vec<_>>(), PASS);
+    }
+}
+
+#[test]
+fn a_disk_that_can_not_be_checked_is_a_fault() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let none = Setup::new(Hmpsh).append("disk=1").start();
+    let small = Checked::new("disk=1", 1000);
+    let small = small.setup(Hmpsh, "").start();
+    let read_only = Checked::new("disk=1 depth=1", 1 << 20);
+    let read_only = read_only.setup(Hmpsh, ",readonly=on").start();
+    assert_eq!(wait_fault(&none.log()), "FAULT disk not found");
+    assert_eq!(wait_fault(&small.log()), "FAULT disk too small");
+    let refused = wait_fault(&read_only.log());
+    assert_eq!(refused, "FAULT disk status 1 sector 0");
 }
 
 #[test]
@@ -485,4 +569,11 @@ cells! {
     a_full_host_stops_the_guest: full(None);
     a_full_host_stops_the_guest_at_7_2_too: full(Some(Qemu7));
     a_full_host_stops_the_guest_at_10_0_too: full(Some(Qemu10));
+    builtin_at_hmpsh: notices_a_changed_sector(Hmpsh);
+    builtin_at_7_2: notices_a_changed_sector(Qemu7);
+    builtin_at_10_0: notices_a_changed_sector(Qemu10);
+    builtin_between_two_hmpsh: moves_checked("disk=1 depth=16 request=1K", &[Hmpsh, Hmpsh]);
+    builtin_to_7_2_and_back: moves_checked("disk=1", &[Hmpsh, Qemu7, Hmpsh]);
+    builtin_to_10_0_and_back: moves_checked("disk=1", &[Hmpsh, Qemu10, Hmpsh]);
+    builtin_reading_to_7_2: moves_checked("disk=read depth=8", &[Hmpsh, Qemu7]);
 }

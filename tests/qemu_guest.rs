@@ -8,7 +8,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use common::beacon::{Beacons, wait_beacons};
+use common::beacon::{Beacons, wait_beacons, wait_fault};
 use common::need::require;
 use common::poll;
 use common::vmm::Program::{Qemu7, Qemu10};
@@ -64,7 +64,7 @@ fn a_vcpu_that_is_not_there_is_a_fault() {
     }
     // The later -smp wins: the guest looks for two vCPUs on a machine with one.
     let vm = Setup::new(Qemu7).vcpus(2).args(&["-smp", "1"]).start();
-    assert_eq!(wait_fault(&vm), "FAULT cpu 1 does not start");
+    assert_eq!(wait_fault(&vm.log()), "FAULT cpu 1 does not start");
 }
 
 #[test]
@@ -103,7 +103,7 @@ fn a_changed_bit_is_a_fault() {
             record = place(page);
             page[record + byte] ^= 0x10;
         });
-        let fault = wait_fault(&vm);
+        let fault = wait_fault(&vm.log());
         assert!(
             fault.starts_with(&format!("FAULT page {page} offset {record} ")),
             "{fault}"
@@ -124,7 +124,7 @@ fn a_stale_page_is_a_fault() {
     gdb.edit(address, |page| old = page.clone());
     vm.wait_beacons(8);
     gdb.edit(address, |page| *page = old);
-    assert!(wait_fault(&vm).starts_with("FAULT page 128 offset 0 "));
+    assert!(wait_fault(&vm.log()).starts_with("FAULT page 128 offset 0 "));
 }
 
 /// A guest saved between STI and HLT may get its wake-up before the HLT, as QEMU does not restore
@@ -305,16 +305,6 @@ fn feeding(from: Program, to: Program) -> Setup {
         (Qemu10, Qemu7) => setup.args(&["-global", "migration.send-switchover-start=off"]),
         _ => setup,
     }
-}
-
-#[track_caller]
-fn wait_fault(vm: &Vmm) -> String {
-    let fault = poll(Duration::from_secs(20), || {
-        let log = std::fs::read_to_string(vm.log()).unwrap();
-        let (_, fault) = log.split_once("FAULT")?;
-        fault.contains('\n').then(|| format!("FAULT{fault}"))
-    });
-    fault.expect("the guest notices").trim_end().to_owned()
 }
 
 /// A machine whose memory can be changed behind the guest's back.

@@ -12,6 +12,17 @@ use tempfile::NamedTempFile;
 use super::common::vmm::{Program, Setup, Vmm};
 use super::{CHUNK, Sample, fill, move_over, name};
 
+/// An image of that length, in MiB a whole number, in the host's cache.
+pub(super) fn image(bytes: u64) -> NamedTempFile {
+    let image = NamedTempFile::new().expect("an image");
+    let mut chunk = vec![0; CHUNK];
+    for at in (0..bytes).step_by(CHUNK) {
+        fill(at, &mut chunk);
+        image.as_file().write_all_at(&chunk, at).expect("room");
+    }
+    image
+}
+
 /// Images of both sides, in the host's cache.
 pub(super) struct Images {
     from: NamedTempFile,
@@ -22,20 +33,11 @@ pub(super) struct Images {
 impl Images {
     /// Images of that length, in MiB a whole number.
     pub(super) fn new(bytes: u64) -> Self {
-        let image = || NamedTempFile::new().expect("an image");
-        let images = Self {
-            from: image(),
-            to: image(),
+        Self {
+            from: image(bytes),
+            to: image(bytes),
             bytes,
-        };
-        let mut chunk = vec![0; CHUNK];
-        for at in (0..bytes).step_by(CHUNK) {
-            fill(at, &mut chunk);
-            for image in [&images.from, &images.to] {
-                image.as_file().write_all_at(&chunk, at).expect("room");
-            }
         }
-        images
     }
 
     fn wipe(&self) {

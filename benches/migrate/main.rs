@@ -1,4 +1,4 @@
-//! How fast a guest moves: `cargo bench [-- [--quick] [--rounds N] [--only PART]]`.
+//! How fast a guest moves, and its disk is: `cargo bench [-- [--quick] [--rounds N] [--only PART]]`.
 //!
 //! Contenders, in turn within each round: hmpsh (the release binary), QEMU 7.2 and 10.0 where they
 //! are found (`HMPSH_QEMU7`, `HMPSH_QEMU10`), and the bare limit: a sender and a receiver of the
@@ -19,6 +19,7 @@ mod bare;
 #[path = "../../tests/common/mod.rs"]
 mod common;
 mod disk;
+mod io;
 
 use std::fs::File;
 use std::io::Read;
@@ -108,6 +109,9 @@ fn main() -> ExitCode {
             format!("{:6.2} GB/s", gigabytes / sample.time.as_secs_f64())
         });
     }
+    if order.includes("io") {
+        io(&order, &programs);
+    }
     if order.includes("downtime") {
         println!("Downtime of a running guest (16 MiB rewritten all the time); to reach: QEMU's");
         let times = rounds(order.rounds, programs.len(), |contender| {
@@ -120,6 +124,28 @@ fn main() -> ExitCode {
     }
     eprintln!("hmpsh needs more at the prompt than it may");
     ExitCode::FAILURE
+}
+
+/// What a guest gets from its disk.
+fn io(order: &Order, programs: &[Program]) {
+    let image = disk::image(order.io);
+    for way in io::WAYS {
+        let size = order.io >> 20;
+        println!(
+            "A guest {}, 8 at once, on {size} MiB in the host's cache; to reach: QEMU's",
+            way.name()
+        );
+        let times = rounds(order.rounds, programs.len(), |contender| {
+            way.run(programs[contender], &image)
+        });
+        report(programs, &times, |sample| {
+            format!(
+                "{:8.1} MB/s {:6.2} GB per processor second",
+                1e3 / sample.time.as_secs_f64(),
+                1.0 / sample.processor.as_secs_f64(),
+            )
+        });
+    }
 }
 
 /// Whether hmpsh is at its prompt in time and with as little memory as it should. The two figures
@@ -152,6 +178,7 @@ struct Order {
     full: u64,
     untouched: u64,
     disk: u64,
+    io: u64,
 }
 
 impl Order {
@@ -167,6 +194,7 @@ impl Order {
             full: 2 << 30,
             untouched: 8 << 30,
             disk: 1 << 30,
+            io: 256 << 20,
         };
         let mut default_rounds = 9;
         while let Some(arg) = args.next() {
@@ -175,7 +203,7 @@ impl Order {
                 "--bench" => {}
                 "--quick" => {
                     (order.full, order.untouched) = (256 << 20, 2 << 30);
-                    order.disk = 256 << 20;
+                    (order.disk, order.io) = (256 << 20, 64 << 20);
                     default_rounds = 3;
                     order.is_quick = true;
                 }
@@ -203,7 +231,15 @@ impl Order {
     }
 }
 
-const PARTS: [&str; 6] = ["warm", "fresh", "untouched", "disk", "downtime", "prompt"];
+const PARTS: [&str; 7] = [
+    "warm",
+    "fresh",
+    "untouched",
+    "disk",
+    "io",
+    "downtime",
+    "prompt",
+];
 
 /// What a run took.
 #[derive(Clone, Copy)]

@@ -123,8 +123,8 @@ pub(super) const OPTIONS: &[Row] = &[
         &["bios"],
         "FILE",
         "boot a flat firmware image",
-        "Without -bios and -kernel a built-in guest is booted that checks its own memory; \
-         -append sets its window, rate and base.",
+        "Without -bios and -kernel a built-in guest is booted that checks its own memory, and a \
+         disk if -append says so.",
         machine::bios,
     ),
     takes(
@@ -146,7 +146,11 @@ pub(super) const OPTIONS: &[Row] = &[
         &["append"],
         "STRING",
         "command line of the kernel or the built-in guest",
-        "For the built-in guest: window=SIZE rate=PAGES_PER_SECOND base=ADDRESS.",
+        "For the built-in guest: window=SIZE rate=PAGES_PER_SECOND base=ADDRESS smp=VCPUS, and with \
+         a disk disk=1|read|write request=SIZE depth=REQUESTS. disk=1 writes records to the disk's \
+         first sectors and checks them, a few with each tick; disk=read and disk=write go through \
+         all of it, depth requests (default 4) of SIZE (default 4K) at once. What the disk held is \
+         lost, unless it is only read.",
         machine::append,
     ),
     takes(

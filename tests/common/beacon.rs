@@ -16,6 +16,8 @@ pub(crate) struct Beacons {
     pub(crate) last: u64,
     /// Ticks of other vCPUs, the last figure of each.
     pub(crate) ticks: Vec<(u64, u64)>,
+    /// Requests that the disk has answered.
+    pub(crate) requests: u64,
     /// Bytes that were answered.
     pub(crate) answers: Vec<u8>,
 }
@@ -54,6 +56,10 @@ impl Beacons {
                         None => beacons.ticks.push((vcpu, ticks)),
                     }
                 }
+                (Some("D"), Some(requests), Some(_)) => match requests.parse() {
+                    Ok(requests) if requests >= beacons.requests => beacons.requests = requests,
+                    _ => return wrong("the disk's requests went back"),
+                },
                 (Some("R"), Some(byte), None) => match u8::from_str_radix(byte, 16) {
                     Ok(byte) => beacons.answers.push(byte),
                     Err(_) => return wrong("no byte"),
@@ -85,11 +91,37 @@ impl Beacons {
 /// Waits until `more` beacons came after those there are now; the log must be right all the time.
 #[track_caller]
 pub(crate) fn wait_beacons(logs: &[&Path], more: u64) -> Beacons {
-    let start = Beacons::check(logs).last;
+    wait_more(logs, more, |beacons| beacons.last)
+}
+
+/// Waits until the disk has answered `more` requests after those it has answered now.
+#[track_caller]
+pub(crate) fn wait_requests(logs: &[&Path], more: u64) -> Beacons {
+    wait_more(logs, more, |beacons| beacons.requests)
+}
+
+#[track_caller]
+fn wait_more(logs: &[&Path], more: u64, count: impl Fn(&Beacons) -> u64) -> Beacons {
+    let start = count(&Beacons::check(logs));
     poll(Duration::from_secs(20), || {
-        Some(Beacons::check(logs)).filter(|now| now.last >= start + more)
+        Some(Beacons::check(logs)).filter(|now| count(now) >= start + more)
     })
-    .unwrap_or_else(|| panic!("no {more} beacons after {start}\n{}", tails(logs)))
+    .unwrap_or_else(|| panic!("no {more} more after {start}\n{}", tails(logs)))
+}
+
+/// Waits until a guest has found a fault, and returns what it says of it.
+#[track_caller]
+pub(crate) fn wait_fault(log: &Path) -> String {
+    let fault = poll(Duration::from_secs(20), || fault(log));
+    fault.unwrap_or_else(|| panic!("no fault\n{}", tails(&[log])))
+}
+
+/// What a guest says of the fault that it has found, if it has.
+pub(crate) fn fault(log: &Path) -> Option<String> {
+    let log = std::fs::read_to_string(log).ok()?;
+    let (_, fault) = log.split_once("FAULT")?;
+    let fault = fault.strip_suffix('\n')?;
+    Some(format!("FAULT{fault}"))
 }
 
 /// The end of each log, for a failure's text.

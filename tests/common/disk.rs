@@ -45,13 +45,13 @@ impl DiskGuest {
 
     /// The same on another `-drive`, with the id `d0`.
     pub(crate) fn setup_on(&self, program: Program, drive: &str) -> Setup {
-        Setup::new(program).kernel(self.kernel.path()).args(&[
-            "-drive",
-            drive,
-            "-device",
-            "virtio-blk-device,drive=d0",
-        ])
+        on_drive(Setup::new(program).kernel(self.kernel.path()), drive)
     }
+}
+
+/// Gives the machine a disk on that `-drive`, whose id is `d0`.
+pub(crate) fn on_drive(setup: Setup, drive: &str) -> Setup {
+    setup.args(&["-drive", drive, "-device", "virtio-blk-device,drive=d0"])
 }
 
 /// `-drive` of a raw image, with QEMU's locks on: it hands them over by itself.

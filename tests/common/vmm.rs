@@ -350,6 +350,17 @@ impl Vmm {
         beacon::wait_beacons(&[&self.log()], more)
     }
 
+    /// A figure of `info blockstats`, of the first disk.
+    #[track_caller]
+    pub(crate) fn blockstats(&mut self, name: &str) -> u64 {
+        let text = self.command("info blockstats");
+        let mut words = text.split_whitespace();
+        let value = words.find_map(|word| word.strip_prefix(name)?.strip_prefix('='));
+        value
+            .and_then(|value| value.parse().ok())
+            .unwrap_or_else(|| panic!("no {name} in '{text}'"))
+    }
+
     /// The port an incoming tcp migration listens on, asked for as port 0.
     #[track_caller]
     pub(crate) fn port(&mut self) -> u16 {

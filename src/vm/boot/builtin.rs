@@ -1,21 +1,28 @@
-//! The built-in guest: a firmware image that checks its own memory for ever.
+//! The built-in guest: a firmware image that checks its own memory, and a disk, for ever.
 //!
 //! It is booted when neither `-bios` nor `-kernel` is given, and it is the first test of every
 //! migration: each page of a window of memory carries a sequence number, its page number and a
 //! hash of both, in three places; the guest walks the window, checks a page before it rewrites
-//! it, and tells on COM1 how it fares. This file parses its `-append` and patches the image; what
-//! runs is `builtin/guest.s`. It touches no machine: the caller puts the image where firmware
-//! belongs (QEMU's `-bios` loader does the same). `unsafe` is here for the assembly alone.
+//! it, and tells on COM1 how it fares. With `disk=` it does the same to sectors of a legacy
+//! virtio-blk, or only keeps it busy. This file parses its `-append` and patches the image; what
+//! runs is `builtin/guest.s` and `builtin/disk.s`. It touches no machine: the caller puts the image
+//! where firmware belongs (QEMU's `-bios` loader does the same). `unsafe` is here for the assembly
+//! alone.
 //!
 //! What the guest says, one line each:
 //!
 //! | line | meaning |
 //! |---|---|
-//! | `hmpsh guest window=… base=… rate=… smp=…` | it booted (bytes, address, pages per second) |
+//! | `hmpsh guest window=… base=… rate=… smp=…` | it booted (bytes, address, pages per second); with a disk also `disk=… request=… depth=…` |
 //! | `B <n>` | beacon, 1, 2, 3 and so on, about ten a second |
+//! | `D <requests> <sectors>` | with `disk=`, after a beacon: what the disk has answered so far |
 //! | `C <vcpu> <n>` | with `smp=`, after a beacon: another vCPU's ticks so far |
 //! | `R <hex>` | this byte came in on COM1 |
 //! | `FAULT page <n> offset <n> expected <word> <hash> found <word> <hash>` | memory is wrong; it stops |
+//! | `FAULT sector <n> offset <n> expected <word> <hash> found <word> <hash>` | the disk is wrong; it stops |
+//! | `FAULT disk status <status> sector <n>` | a request at that sector failed; it stops |
+//! | `FAULT disk answers <n>` | a request (its first descriptor) that is not under way; it stops |
+//! | `FAULT disk not found`, `… has no queue`, `… too small` | no disk for it; it stops |
 //! | `FAULT trap …`, `FAULT cpu …` | an exception, a vCPU that does not start; it stops |
 #![expect(unsafe_code, reason = "global_asm! and the symbol it defines")]
 
@@ -29,8 +36,14 @@ pub const IMAGE_SIZE: usize = 0x10000;
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// Not `key=value`, or no key of ours.
-    #[error("The built-in guest has no parameter '{0}' (it knows window=, rate=, base=, smp=)")]
+    #[error(
+        "The built-in guest has no parameter '{0}' (it knows window=, rate=, base=, smp=, disk=, \
+         request=, depth=)"
+    )]
     Unknown(String),
+    /// A key that says how, but not what.
+    #[error("Parameter '{0}' of the built-in guest needs disk=")]
+    NoDisk(&'static str),
     /// A key that was given before.
     #[error("Parameter '{0}' of the built-in guest is given twice")]
     Twice(String),
@@ -72,6 +85,10 @@ pub enum Error {
 /// * `rate=N` pages rewritten per second, 1 to 10000000; default 2000. However high it is, the
 ///   guest rests in HLT for at least half of the time.
 /// * `smp=N` vCPUs that share the window, 1 (the default) to 16; further ones are left alone
+/// * `disk=1` checks the first sectors of the legacy virtio-blk in the highest slot, a few with each
+///   tick; `disk=read` and `disk=write` go through all of it as fast as the disk answers
+/// * `request=SIZE` bytes of a request to the disk, whole sectors, at most 512K; default 4K
+/// * `depth=N` requests under way at once, 1 to 16, with `disk=1` together at most 512K; default 4
 ///
 /// `ram_bytes` is the size of guest RAM, laid out as `microvm` does: 3 GiB from 0, the rest from
 /// 4 GiB.
@@ -94,11 +111,29 @@ struct Workload {
     base: u64,
     rate: u64,
     vcpus: u64,
+    disk: Option<Disk>,
+}
+
+/// What it is told to do with a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Disk {
+    work: Work,
+    request: u64,
+    depth: u64,
+}
+
+/// Kinds of work for a disk, with their numbers in the image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Work {
+    Check = 1,
+    Read = 2,
+    Write = 3,
 }
 
 impl Workload {
     fn parse(append: &str, ram: u64) -> Result<Self, Error> {
         let [mut window, mut base, mut rate, mut smp] = [None; 4];
+        let [mut disk, mut request, mut depth] = [None; 3];
         for word in append.split_whitespace() {
             let (key, value) = word.split_once('=').unwrap_or((word, ""));
             let slot = match key {
@@ -106,6 +141,9 @@ impl Workload {
                 "base" => &mut base,
                 "rate" => &mut rate,
                 "smp" => &mut smp,
+                "disk" => &mut disk,
+                "request" => &mut request,
+                "depth" => &mut depth,
                 _ => return Err(Error::Unknown(word.to_owned())),
             };
             if slot.replace(value).is_some() {
@@ -158,12 +196,13 @@ impl Workload {
             base,
             rate,
             vcpus,
+            disk: Disk::parse(disk, request, depth)?,
         })
     }
 
     /// The words at the start of the image: base, pages, pages per tick, nanoseconds per tick,
-    /// ticks per beacon, vCPUs.
-    fn parameters(&self) -> [u64; 6] {
+    /// ticks per beacon, vCPUs, work for the disk, bytes of a request, requests under way.
+    fn parameters(&self) -> [u64; 9] {
         let rate = (self.rate / self.vcpus).max(1);
         let batch = (rate / TICKS_PER_SECOND).max(1);
         let period = batch * NANOSECONDS / rate;
@@ -175,6 +214,9 @@ impl Workload {
             period,
             beacon,
             self.vcpus,
+            self.disk.map_or(0, |disk| disk.work as u64),
+            self.disk.map_or(0, |disk| disk.request),
+            self.disk.map_or(0, |disk| disk.depth),
         ]
     }
 
@@ -185,8 +227,63 @@ impl Workload {
             base,
             rate,
             vcpus,
+            disk,
         } = self;
-        format!("hmpsh guest window={window} base={base} rate={rate} smp={vcpus}")
+        let disk = disk.map_or_else(String::new, |disk| disk.banner());
+        format!("hmpsh guest window={window} base={base} rate={rate} smp={vcpus}{disk}")
+    }
+}
+
+impl Disk {
+    fn parse(
+        disk: Option<&str>,
+        request: Option<&str>,
+        depth: Option<&str>,
+    ) -> Result<Option<Self>, Error> {
+        let Some(disk) = disk else {
+            let unused = [("request", request), ("depth", depth)];
+            return match unused.iter().find(|(_, value)| value.is_some()) {
+                Some((name, _)) => Err(Error::NoDisk(name)),
+                None => Ok(None),
+            };
+        };
+        let known = WORDS.iter().find(|(word, _)| *word == disk);
+        let (_, work) = known.ok_or_else(|| Error::Value {
+            name: "disk",
+            value: disk.to_owned(),
+            expected: "1, read or write",
+        })?;
+        let depth = number("depth", depth, "1 to 16", |n| DEPTHS.contains(n), plain)?
+            .unwrap_or(DEFAULT_DEPTH);
+        let most = match work {
+            Work::Check => BUFFERS / depth,
+            Work::Read | Work::Write => BUFFERS,
+        };
+        let request = number(
+            "request",
+            request,
+            "whole sectors, at least one, at most 512K (with disk=1 divided by depth=)",
+            |n| n.is_multiple_of(SECTOR) && (SECTOR..=most).contains(n),
+            size,
+        )?
+        .unwrap_or(DEFAULT_REQUEST);
+        Ok(Some(Self {
+            work: *work,
+            request,
+            depth,
+        }))
+    }
+
+    /// Its part of the guest's first line.
+    fn banner(&self) -> String {
+        let Self {
+            work,
+            request,
+            depth,
+        } = self;
+        let word = WORDS.iter().find(|(_, of)| of == work);
+        let word = word.map_or("", |(word, _)| word);
+        format!(" disk={word} request={request} depth={depth}")
     }
 }
 
@@ -253,11 +350,27 @@ const MAX_WINDOW: u64 = 64 << 30;
 /// 8 MB/s, about a quarter of what a host that interprets guests can do.
 const DEFAULT_RATE: u64 = 2000;
 const RATES: std::ops::RangeInclusive<u64> = 1..=10_000_000;
+const WORDS: [(&str, Work); 3] = [
+    ("1", Work::Check),
+    ("read", Work::Read),
+    ("write", Work::Write),
+];
+const SECTOR: u64 = 512;
+const DEFAULT_REQUEST: u64 = 4 << 10;
+const DEFAULT_DEPTH: u64 = 4;
+const DEPTHS: std::ops::RangeInclusive<u64> = 1..=16;
+/// Memory for what is read and written, below 1 MiB.
+const BUFFERS: u64 = 512 << 10;
 const TICKS_PER_SECOND: u64 = 100;
 const BEACONS_PER_SECOND: u64 = 10;
 const NANOSECONDS: u64 = 1_000_000_000;
 
-global_asm!(include_str!("builtin/guest.s"), options(att_syntax, raw));
+global_asm!(
+    include_str!("builtin/guest.s"),
+    include_str!("builtin/disk.s"),
+    include_str!("builtin/end.s"),
+    options(att_syntax, raw)
+);
 
 // SAFETY: the assembly above defines the symbol: IMAGE_SIZE bytes that nothing ever writes.
 unsafe extern "C" {
@@ -288,6 +401,7 @@ mod tests {
             base: M,
             rate: 2000,
             vcpus: 1,
+            disk: None,
         };
         assert_eq!(workload("", 128 * M), expected);
     }
@@ -307,10 +421,33 @@ mod tests {
                 window: 64 * M,
                 base: 5 * G,
                 rate: 500,
-                vcpus: 2
+                vcpus: 2,
+                disk: None,
             }
         );
         assert_eq!(workload("base=0x200000 window=8192", 16 * M).window, 8192);
+    }
+
+    #[test]
+    fn a_disk_is_checked_read_or_written() {
+        let disk = |append| workload(append, 64 * M).disk;
+        for (append, expected) in [
+            ("disk=1", (Work::Check, 4096, 4)),
+            ("disk=read request=64K depth=8", (Work::Read, 65536, 8)),
+            (
+                "depth=16 disk=write request=512K",
+                (Work::Write, 524_288, 16),
+            ),
+            ("disk=1 depth=16 request=512", (Work::Check, 512, 16)),
+        ] {
+            let (work, request, depth) = expected;
+            let expected = Disk {
+                work,
+                request,
+                depth,
+            };
+            assert_eq!(disk(append), Some(expected), "{append}");
+        }
     }
 
     #[test]
@@ -336,6 +473,26 @@ mod tests {
             ("base=1234567", "page-aligned"),
             ("smp=17", "1 to 16"),
             (
+                "disk",
+                "'disk' of the built-in guest expects 1, read or write",
+            ),
+            ("disk=0", "not '0'"),
+            ("disk=1 depth=17", "1 to 16"),
+            ("disk=1 depth=0", "1 to 16"),
+            ("disk=1 request=1000", "whole sectors"),
+            ("disk=1 request=0", "at least one"),
+            ("disk=1 request=64K depth=9", "at most 512K"),
+            ("disk=read request=1M", "at most 512K"),
+            ("depth=2", "'depth' of the built-in guest needs disk="),
+            (
+                "window=1M request=4K",
+                "'request' of the built-in guest needs",
+            ),
+            (
+                "disk=1 disk=read",
+                "'disk' of the built-in guest is given twice",
+            ),
+            (
                 "rate=1 rate=2",
                 "'rate' of the built-in guest is given twice",
             ),
@@ -356,7 +513,8 @@ mod tests {
 
     #[test]
     fn the_image_starts_at_the_reset_vector_and_carries_its_parameters() {
-        let image = image("window=1M base=2M rate=1000 smp=2", 64 * M).unwrap();
+        let append = "window=1M base=2M rate=1000 smp=2 disk=read depth=2";
+        let image = image(append, 64 * M).unwrap();
         assert_eq!(image.len(), IMAGE_SIZE);
         // ljmp $0xf000, …: the reset vector and what a start-up IPI reaches are the same.
         assert_eq!(image[0xfff0], 0xea);
@@ -364,11 +522,12 @@ mod tests {
         assert_eq!(image[0xfff0..0xfff5], image[0x1000..0x1005]);
         let word = |n: usize| u64::from_le_bytes(image[n * 8..][..8].try_into().unwrap());
         assert_eq!(
-            [0, 1, 2, 3, 4, 5].map(word),
-            [2 * M, 256, 5, 10_000_000, 10, 2]
+            [0, 1, 2, 3, 4, 5, 6, 7, 8].map(word),
+            [2 * M, 256, 5, 10_000_000, 10, 2, 2, 4096, 2]
         );
-        let banner = b"hmpsh guest window=1048576 base=2097152 rate=1000 smp=2\0";
-        assert_eq!(image[48..][..banner.len()], *banner);
+        let banner = b"hmpsh guest window=1048576 base=2097152 rate=1000 smp=2 \
+                       disk=read request=4096 depth=2\0";
+        assert_eq!(image[72..][..banner.len()], *banner);
     }
 
     proptest! {
@@ -379,8 +538,8 @@ mod tests {
 
         #[test]
         fn a_tick_and_a_beacon_are_as_often_as_asked(rate in RATES, vcpus in 1u64..=16) {
-            let told = Workload { window: 16 * M, base: M, rate, vcpus }.parameters();
-            let [_, _, batch, period, beacon, _] = told;
+            let told = Workload { window: 16 * M, base: M, rate, vcpus, disk: None }.parameters();
+            let [_, _, batch, period, beacon, ..] = told;
             let per_vcpu = (rate / vcpus).max(1);
             let pages_per_second = batch as f64 * 1e9 / period as f64;
             prop_assert!((pages_per_second / per_vcpu as f64 - 1.0).abs() < 1e-3);
@@ -391,8 +550,9 @@ mod tests {
 
         #[test]
         fn the_banner_fits(window in 0..=MAX_WINDOW, base: u64, rate in RATES, vcpus in 1u64..=16) {
-            let workload = Workload { window, base, rate, vcpus };
-            prop_assert!(workload.banner().len() < 0x200 - 48);
+            let disk = Disk { work: Work::Write, request: BUFFERS, depth: *DEPTHS.end() };
+            let workload = Workload { window, base, rate, vcpus, disk: Some(disk) };
+            prop_assert!(workload.banner().len() < 0x200 - 72);
         }
     }
 }

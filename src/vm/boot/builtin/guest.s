@@ -2,16 +2,17 @@
 #
 #   0x0000  parameters, patched by builtin.rs (its PARAMETERS say the same)
 #   0x0200  tables and code
-#   0x1000  where a start-up IPI (vector 0xf1) sends the other vCPUs
-#   0xfff0  where a vCPU wakes up after reset
+#   0x1000  where a start-up IPI (vector 0xf1) sends the other vCPUs; then disk.s
+#   0xfff0  where a vCPU wakes up after reset (end.s)
 #
 # All code runs from the copy below 1 MiB, so an address is 0xf0000 plus an offset in the image.
 # Guest RAM below 1 MiB:
 #
 #   0x0600  shared bytes: line lock, fault flag, one ready flag per vCPU
-#   0x1000  PML4    0x2000  page directory pointers    0x10000...  page directories
+#   0x1000  PML4    0x2000  page directory pointers    0x10000...  page directories, at most 67
 #   0x4000  stacks, 1 KiB per vCPU
 #   0x8000  what a vCPU knows of its slice, 256 bytes per vCPU (CPU_*)
+#   0x58000...  the disk's (disk.s)
 #
 # Integers only, and few of them: some hosts interpret guests, without a floating-point unit.
 # Registers that keep their meaning in the loop: rbx vCPU, rbp its CPU_* block, r8 the page after
@@ -39,7 +40,9 @@
     .set DATA, 0x10
     .set CODE32, 0x18
 
-    .set TIMER_VECTOR, 32
+    # The timer's is the higher one: a busy disk does not keep it waiting.
+    .set DISK_VECTOR, 32
+    .set TIMER_VECTOR, 33
     .set SPURIOUS_VECTOR, 47
     .set MASKED, 0x10000
 
@@ -80,7 +83,10 @@ guest.batch:        .quad 0
 guest.period:       .quad 0
 guest.beacon:       .quad 0
 guest.vcpus:        .quad 0
-guest.banner:       .skip 0x200 - 48
+guest.disk:         .quad 0
+guest.request:      .quad 0
+guest.depth:        .quad 0
+guest.banner:       .skip 0x200 - 72
 
     .balign 8
 guest.gdt:
@@ -98,6 +104,8 @@ guest.idt:
     .short guest.traps - hmpsh_guest_image + 16 * \n, CODE64, 0x8e00, LOW >> 16
     .quad 0
     .endr
+    .short guest.disk_interrupt - hmpsh_guest_image, CODE64, 0x8e00, LOW >> 16
+    .quad 0
     .short guest.timer - hmpsh_guest_image, CODE64, 0x8e00, LOW >> 16
     .quad 0
     .skip 16 * (SPURIOUS_VECTOR - TIMER_VECTOR - 1)
@@ -243,6 +251,7 @@ guest.start64:
     outb %al, %dx
     leaq guest.banner(%rip), %rsi
     call guest.text
+    call guest.disk_open
     movl $1, CPU_COUNTDOWN(%rbp)
     call guest.wake_others
 
@@ -341,12 +350,14 @@ guest.write:
     incq CPU_TICKS(%rbp)
     testl %ebx, %ebx
     jnz guest.rest
+    call guest.disk_tick
     call guest.answer
     decq CPU_COUNTDOWN(%rbp)
     jnz guest.rest
     movq guest.beacon(%rip), %rax
     movq %rax, CPU_COUNTDOWN(%rbp)
     call guest.say_beacon
+    call guest.say_disk
 
 guest.rest:
     # Rest until the period is over, and at least as long as the work took, which is hardly longer
@@ -371,15 +382,18 @@ guest.halt:
     cli
     jmp guest.tick
 
-    # A page does not hold what was written: edx is where in it, rax and rcx what was expected.
+    # Page r13, or what r8 says, does not hold what was written: it is at rdi, edx is where in it, rax
+    # and rcx what was expected.
 guest.fault:
+    leaq guest.fault_page(%rip), %r8
+guest.fault_record:
     movb $1, FAULTED
     leaq (%rdi, %rdx), %rbp
     movq %rax, %r10
     movq %rcx, %r11
     movq %rdx, %r14
     call guest.lock
-    leaq guest.fault_page(%rip), %rsi
+    movq %r8, %rsi
     call guest.string
     movq %r13, %rax
     call guest.decimal
@@ -431,11 +445,11 @@ guest.trap:
     # The timer runs once and wakes the guest once. A processor lets no interrupt in between STI
     # and HLT, but not every host that interprets guests keeps that, and migrations lose it (the
     # timer may be due the moment the guest is loaded): who was about to halt then halts no more.
+    # The disk's interrupt sends it back to HLT, and so must not come between here and CLI.
 guest.timer:
     movl $0, APIC_EOI(%r15)
-    cmpw $(guest.halt - hmpsh_guest_image), (%rsp)
-    jne guest.spurious
-    incw (%rsp)
+    movw $(guest.halt - hmpsh_guest_image + 1), (%rsp)
+    andb $0xfd, 17(%rsp)
 guest.spurious:
     iretq
 
@@ -655,8 +669,4 @@ guest.traps:
     .org hmpsh_guest_image - hmpsh_guest_image + 0x1000
     ljmpw $(LOW >> 4), $(guest.start16 - hmpsh_guest_image)
 
-    .org hmpsh_guest_image - hmpsh_guest_image + 0xfff0
-    ljmpw $(LOW >> 4), $(guest.start16 - hmpsh_guest_image)
-    .org hmpsh_guest_image - hmpsh_guest_image + 0x10000
     .code64
-    .popsection
