@@ -18,7 +18,7 @@ fn create(directory: &Path, name: &str, args: &[&str]) -> String {
     let mut all = vec!["create", "-q", "-f"];
     all.extend(&args[..args.len() - 1]);
     all.push(&path);
-    if args[args.len() - 1] != "" {
+    if !args[args.len() - 1].is_empty() {
         all.push(args[args.len() - 1]);
     }
     let made = Command::new(tool("qemu-img")).args(&all).status().unwrap();

@@ -46,7 +46,7 @@ impl Place {
     /// A raw image of 8 MiB that has something everywhere.
     fn base(&self) -> PathBuf {
         let path = self.path("base.raw");
-        let bytes: Vec<u8> = (0..8 * MIB).map(|at| (at * 31 >> 5) as u8 | 1).collect();
+        let bytes: Vec<u8> = (0..8 * MIB).map(|at| ((at * 31) >> 5) as u8 | 1).collect();
         std::fs::write(&path, bytes).unwrap();
         path
     }

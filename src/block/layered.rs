@@ -148,10 +148,10 @@ impl Layered {
             path: self.options.name(),
             why: error.to_string(),
         };
-        let mut inspect = |file: &File| Ok(snapshots::inspect(file)?);
+        let inspect = |file: &File| Ok(snapshots::inspect(file)?);
         match self.format {
             Format::Raw => Ok(()),
-            Format::Qcow2 => self.on_file(false, &mut inspect).map_err(failed),
+            Format::Qcow2 => self.on_file(false, inspect).map_err(failed),
         }
     }
 

@@ -155,15 +155,20 @@ pub(super) const OPTIONS: &[Row] = &[
     ),
     takes(
         &["drive"],
-        "file=FILE,format=raw[,prop=value...]",
+        "file=FILE,format=raw|qcow2[,prop=value...]",
         "open a disk image",
-        "FILE is a raw image or a block device; without format=raw it is looked at, and its first \
-         sector can not be made to look like another format. Properties: id=ID, \
-         if=none|virtio, readonly=on|off, cache=writeback, file.locking=auto|on|off (whether an \
-         image that a disk uses is locked against others, as QEMU does it; on unless off), media=disk, rerror=report|ignore|stop, werror=enospc|report|ignore|stop (what \
+        "FILE is an image or a block device; without format= it is looked at, and if it is raw its \
+         first sector can not be made to look like another format. Properties: id=ID, \
+         if=none|virtio, readonly=on|off, cache=writeback|none|writethrough|directsync|unsafe \
+         (or cache.writeback=, cache.direct=, cache.no-flush=on|off), discard=ignore|unmap \
+         (whether what the guest discards is given back to the host), detect-zeroes=off|on|unmap \
+         (what becomes of zeros it writes), file.locking=auto|on|off (whether an \
+         image that a disk uses is locked against others, as QEMU does it; on unless off), \
+         media=disk, rerror=report|ignore|stop, werror=enospc|report|ignore|stop (what \
          becomes of a request that the host fails: the guest is told, or told that all is well, or \
          stops until `cont`; enospc is stop for a full host, else report, and werror's default). \
-         With if=virtio, or without if= when no -device names it, the drive gets a disk of its own, as -device virtio-blk-device makes it.",
+         With if=virtio, or without if= when no -device names it, the drive gets a disk of its \
+         own, as -device virtio-blk-device makes it.",
         disk::drive,
     ),
     takes(
