@@ -40,6 +40,8 @@ pub struct Layer {
     pub format: Format,
     /// Bytes of the disk in it.
     pub len: u64,
+    /// Bytes of the file.
+    pub file_len: u64,
     /// Bytes that it takes on the host.
     pub allocated: u64,
     /// What its header says is behind it, and of which format.

@@ -66,7 +66,7 @@ impl Opener {
             path: name.clone(),
             why: error.to_string(),
         };
-        let allocated = probe::allocated(&file);
+        let [file_len, allocated] = probe::lengths(&file);
         // A file past the cache is not read in small pieces; then there is less to tell.
         let facts = match format {
             Format::Raw => None,
@@ -85,6 +85,7 @@ impl Opener {
             file: name.clone(),
             format,
             len: 0,
+            file_len,
             allocated,
             behind: None,
             facts,

@@ -190,7 +190,7 @@ impl Backend for Layered {
     fn layers(&self) -> Vec<Layer> {
         let mut layers = self.lock_layers().clone();
         if let Some(top) = layers.first_mut() {
-            top.allocated = probe::allocated(&self.file);
+            [top.file_len, top.allocated] = probe::lengths(&self.file);
         }
         layers
     }

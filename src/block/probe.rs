@@ -57,10 +57,12 @@ pub(super) fn format(path: &Path) -> Result<Format, OpenError> {
     }
 }
 
-/// Bytes that a file takes on the host.
-pub(super) fn allocated(file: &File) -> u64 {
-    file.metadata()
-        .map_or(0, |metadata| metadata.blocks() * SECTOR)
+/// Bytes that a file has, in whole sectors, and bytes that it takes on the host.
+pub(super) fn lengths(file: &File) -> [u64; 2] {
+    file.metadata().map_or([0; 2], |metadata| {
+        let len = metadata.len().next_multiple_of(SECTOR);
+        [len, metadata.blocks() * SECTOR]
+    })
 }
 
 /// The image format whose mark `head` bears.

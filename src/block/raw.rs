@@ -77,11 +77,13 @@ impl Backend for Raw {
     }
 
     fn layers(&self) -> Vec<Layer> {
+        let [file_len, allocated] = probe::lengths(&self.file);
         vec![Layer {
             file: self.options.name(),
             format: Format::Raw,
             len: self.sectors() * SECTOR,
-            allocated: probe::allocated(&self.file),
+            file_len,
+            allocated,
             behind: None,
             facts: None,
         }]

@@ -408,12 +408,15 @@ pub(crate) mod tests {
 
     #[test]
     fn own_answers() {
-        assert_eq!(text("savevm x"), "Error: savevm: not built in this version");
+        assert_eq!(
+            text("gpa2hpa x"),
+            "Error: gpa2hpa: not built in this version"
+        );
         assert_eq!(
             text("info  snapshots"),
             "Error: info snapshots: not built in this version"
         );
-        assert_eq!(text("info savevm"), "unknown command: 'info savevm'");
+        assert_eq!(text("info gpa2hpa"), "unknown command: 'info gpa2hpa'");
         assert_eq!(
             text("migrate \"a\\qb\""),
             "unsupported escape code: '\\q'\nmigrate: string expected\nTry \"help migrate\" for more information"

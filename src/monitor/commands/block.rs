@@ -171,8 +171,9 @@ fn images(text: &mut String, drive: &DriveInfo, layer: usize, file: Option<&str>
             text,
             &format!("file format: {}", file.unwrap_or(layer.format.name())),
         );
-        let (len, allocated) = (three_digits(layer.len), three_digits(layer.allocated));
-        line(text, &format!("virtual size: {len} ({} bytes)", layer.len));
+        let len = file.map_or(layer.len, |_| layer.file_len);
+        let (size, allocated) = (three_digits(len), three_digits(layer.allocated));
+        line(text, &format!("virtual size: {size} ({len} bytes)"));
         line(text, &format!("disk size: {allocated}"));
         if file.is_none() {
             let actual = layers.peek().map_or("", |behind| &behind.file);
@@ -243,6 +244,7 @@ mod tests {
                 file: file.to_owned(),
                 format: Format::Raw,
                 len: 5 << 20,
+                file_len: 5 << 20,
                 allocated: 0,
                 behind: None,
                 facts: None,
