@@ -73,6 +73,8 @@ pub struct Control {
     /// Start the guest when it has arrived; `stop` and `cont` change it while waiting.
     autostart: Mutex<bool>,
     events: Arc<Events>,
+    /// Held while a snapshot is taken, loaded or removed.
+    snapshots: Mutex<()>,
     /// Descriptors the program was started with, by number.
     inherited: Mutex<NamedFds>,
     quitting: AtomicBool,
@@ -112,6 +114,7 @@ impl Control {
             board,
             job: Mutex::default(),
             events,
+            snapshots: Mutex::default(),
             inherited: Mutex::new(inherited),
             quitting: AtomicBool::new(false),
             exit_status: AtomicU8::new(0),
@@ -210,6 +213,7 @@ impl Control {
                 RunState::Shutdown | RunState::InternalError => {
                     Some("Resetting the Virtual Machine is required")
                 }
+                RunState::SaveVm | RunState::RestoreVm => Some(snapshots::UNDER_WAY),
                 _ => None,
             };
             if let Some(refusal) = refusal {
@@ -247,6 +251,7 @@ impl Control {
         match self.run_state() {
             RunState::InMigrate => Err(Error::new("Guest is waiting for an incoming migration")),
             RunState::FinishMigrate => Err(Error::new("The guest is being handed over")),
+            RunState::SaveVm | RunState::RestoreVm => Err(Error::new(snapshots::UNDER_WAY)),
             _ if self.config.no_reboot => {
                 self.quit();
                 Ok(())

@@ -77,12 +77,12 @@ impl Backend for Raw {
     }
 
     fn layers(&self) -> Vec<Layer> {
-        let [file_len, allocated] = probe::lengths(&self.file);
+        let [_, allocated] = probe::lengths(&self.file);
         vec![Layer {
             file: self.options.name(),
             format: Format::Raw,
             len: self.sectors() * SECTOR,
-            file_len,
+            file_len: self.sectors() * SECTOR,
             allocated,
             behind: None,
             facts: None,

@@ -94,6 +94,7 @@ impl Control {
         match self.run_state() {
             RunState::InMigrate => Err(Error::new("Guest is waiting for an incoming migration")),
             _ if self.board.read().status.is_running() => Err(Error::new(IN_PROGRESS)),
+            RunState::SaveVm | RunState::RestoreVm => Err(Error::new(super::snapshots::UNDER_WAY)),
             RunState::PostMigrate => Err(Error::new(
                 "Can't migrate the vm that was paused due to previous migration",
             )),

@@ -9,7 +9,7 @@ mod tape;
 
 use std::fs::File;
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, MutexGuard, TryLockError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use super::job::IN_PROGRESS;
@@ -31,6 +31,9 @@ pub struct SnapshotList {
     pub partial: Vec<(String, Vec<Snapshot>)>,
 }
 
+/// Why something can not be done now.
+pub(super) const UNDER_WAY: &str = "A snapshot is being taken or loaded";
+
 /// A snapshot of one drive's.
 type Found = (Arc<Drive>, Snapshot);
 
@@ -40,6 +43,7 @@ impl Control {
     /// # Errors
     /// There is none then, and the guest goes on.
     pub fn save_snapshot(&self, name: Option<&str>) -> Result<(), Error> {
+        let _only = self.only_snapshot()?;
         let machine = self.machine_at_home()?;
         let drives = writable(&machine)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
@@ -68,6 +72,7 @@ impl Control {
     /// # Errors
     /// The guest goes on as it is.
     pub fn load_snapshot(&self, name: &str) -> Result<(), Error> {
+        let _only = self.only_snapshot()?;
         let machine = self.machine_at_home()?;
         let drives = writable(&machine)?;
         let mut found = find(&drives, name)?;
@@ -114,6 +119,7 @@ impl Control {
     /// # Errors
     /// No disk has it, or it could not be removed from all.
     pub fn delete_snapshot(&self, name: &str) -> Result<(), Error> {
+        let _only = self.only_snapshot()?;
         let machine = self.machine_at_home()?;
         let found = find(&writable(&machine)?, name)?;
         if found.is_empty() {
@@ -148,6 +154,15 @@ impl Control {
         });
         let partial = partial.collect();
         Ok(SnapshotList { whole, partial })
+    }
+
+    /// Keeps another monitor from doing the same.
+    fn only_snapshot(&self) -> Result<MutexGuard<'_, ()>, Error> {
+        match self.snapshots.try_lock() {
+            Ok(only) => Ok(only),
+            Err(TryLockError::Poisoned(only)) => Ok(only.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(Error::new(UNDER_WAY)),
+        }
     }
 
     /// The machine, if the guest is here and stays here.

@@ -413,8 +413,8 @@ pub(crate) mod tests {
             "Error: gpa2hpa: not built in this version"
         );
         assert_eq!(
-            text("info  snapshots"),
-            "Error: info snapshots: not built in this version"
+            text("info  lapic"),
+            "Error: info lapic: not built in this version"
         );
         assert_eq!(text("info gpa2hpa"), "unknown command: 'info gpa2hpa'");
         assert_eq!(

@@ -200,7 +200,7 @@ mod tests {
     #[test]
     fn knows_what_is_not_built() {
         assert!(is_not_built("gpa2hpa"));
-        assert!(is_not_built("info snapshots"));
+        assert!(is_not_built("info lapic"));
         assert!(!is_not_built("info gpa2hpa"));
         assert!(!is_not_built("stop"));
     }
