@@ -11,7 +11,7 @@ use super::history::History;
 use super::session::{Outcome, Session};
 use crate::control::{Error, Shared};
 use crate::errno::Errno;
-use crate::migration::stats::Direction;
+use crate::migration::stats::Status;
 
 /// Starts executing the commands that the command line named, on a thread of their own.
 ///
@@ -31,10 +31,11 @@ pub fn start(control: &Shared) -> Result<(), Error> {
         .spawn(move || {
             let mut session =
                 Session::new(control.clone(), Box::new(io::stdout()), History::default());
+            let mut is_away = false;
             let ended = lines
                 .iter()
-                .try_for_each(|line| execute(&mut session, line))
-                .and_then(|()| see_off(&mut session));
+                .try_for_each(|line| execute(&mut session, line, &mut is_away))
+                .and_then(|()| see_off(&mut session, is_away));
             match ended {
                 Ok(()) | Err(End::Quit) => control.quit(),
                 Err(End::Failed) => control.quit_with(1),
@@ -52,26 +53,33 @@ enum End {
     Failed,
 }
 
-fn execute(session: &mut Session, line: &str) -> Result<(), End> {
+/// `is_away`: a migration was sent into the background. It would end with the program, and if it has
+/// failed already nobody has been told.
+fn execute(session: &mut Session, line: &str, is_away: &mut bool) -> Result<(), End> {
     let is_comment = line.trim_start().starts_with('#');
     if is_comment {
         return Ok(());
     }
     match session.execute(line) {
-        Outcome::Done => Ok(()),
+        Outcome::Done => {
+            *is_away |= line.split_whitespace().next() == Some("migrate");
+            Ok(())
+        }
         Outcome::Quit => Err(End::Quit),
         Outcome::Failed => Err(End::Failed),
-        Outcome::Suspended => wait(session),
+        Outcome::Suspended => {
+            *is_away = false;
+            wait(session)
+        }
     }
 }
 
-/// A migration that was sent into the background would end with the program.
-fn see_off(session: &mut Session) -> Result<(), End> {
-    let migration = session.control().migration();
-    if migration.direction == Direction::Outgoing && migration.status.is_running() {
-        wait(session)
-    } else {
-        Ok(())
+/// Waits for what was sent away; that the script itself has cancelled it is no failure.
+fn see_off(session: &mut Session, is_away: bool) -> Result<(), End> {
+    match is_away.then(|| wait(session)) {
+        Some(Err(_)) if session.control().migration().status == Status::Cancelled => Ok(()),
+        Some(ended) => ended,
+        None => Ok(()),
     }
 }
 
