@@ -58,6 +58,8 @@ pub struct Throttle {
 #[derive(Default)]
 struct State {
     limits: Limits,
+    /// The name under which they were set.
+    group: String,
     /// When the buckets, in the order of the limits, will have run out.
     empty: [Option<Instant>; 6],
     /// So many wait for all requests: none is held up.
@@ -70,9 +72,15 @@ impl Throttle {
         self.lock().limits
     }
 
-    /// Sets them, for those who wait too.
-    pub fn set_limits(&self, limits: Limits) {
+    /// The name under which they were set, which QEMU shows.
+    pub fn group(&self) -> String {
+        self.lock().group.clone()
+    }
+
+    /// Sets them under a name, for those who wait too.
+    pub fn set_limits(&self, limits: Limits, group: &str) {
         let mut state = self.lock();
+        group.clone_into(&mut state.group);
         state.limits = limits;
         state.empty = [None; 6];
         drop(state);
@@ -135,7 +143,7 @@ mod tests {
 
     fn throttle(bytes: [u64; 3], requests: [u64; 3]) -> Throttle {
         let throttle = Throttle::default();
-        throttle.set_limits(Limits { bytes, requests });
+        throttle.set_limits(Limits { bytes, requests }, "d0");
         throttle
     }
 
@@ -179,7 +187,7 @@ mod tests {
             let waiting = scope.spawn(|| throttle.pass(Way::Read, 1));
             std::thread::sleep(Duration::from_millis(20));
             assert!(!waiting.is_finished());
-            throttle.set_limits(Limits::default());
+            throttle.set_limits(Limits::default(), "d0");
             waiting.join().unwrap();
         });
     }

@@ -44,7 +44,7 @@ impl Control {
         let drive = machine.drive(device).or_else(of_disk);
         let drive = drive.ok_or_else(|| Error(format!("Device '{device}' not found")))?;
         limits.check().map_err(Error::new)?;
-        drive.throttle().set_limits(limits);
+        drive.throttle().set_limits(limits, device);
         Ok(())
     }
 }

@@ -57,8 +57,8 @@ pub struct DriveInfo {
     pub cache: Cache,
     /// `detect-zeroes=`.
     pub zeroes: Zeroes,
-    /// `block_set_io_throttle`.
-    pub limits: Limits,
+    /// `block_set_io_throttle`, and the name it was given.
+    pub limits: (Limits, String),
     /// Whether nothing may be written.
     pub is_read_only: bool,
     /// The disk that uses it.
@@ -105,7 +105,7 @@ impl Control {
                 layers,
                 cache: drive.policy().cache,
                 zeroes: drive.policy().zeroes,
-                limits: drive.throttle().limits(),
+                limits: (drive.throttle().limits(), drive.throttle().group()),
                 is_read_only: drive.is_read_only(),
                 disk: drive.disk().map(str::to_owned),
                 fault: drive.fault().map(Fault::name),

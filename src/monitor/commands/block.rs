@@ -145,12 +145,12 @@ fn properties(text: &mut String, drive: &DriveInfo, layer: usize, is_format: boo
         let zeroes = drive.zeroes.name();
         line(text, &format!("    Detect zeroes:    {zeroes}"));
     }
-    if drive.limits != Limits::default() && layer == 0 {
+    let (limits, group) = &drive.limits;
+    if *limits != Limits::default() && layer == 0 {
         let Limits {
             bytes: [bps, bps_rd, bps_wr],
             requests: [iops, iops_rd, iops_wr],
-        } = drive.limits;
-        let group = &drive.id;
+        } = limits;
         let limits = format!(
             "    I/O throttling:   bps={bps} bps_rd={bps_rd} bps_wr={bps_wr} bps_max=0 \
              bps_rd_max=0 bps_wr_max=0 iops={iops} iops_rd={iops_rd} iops_wr={iops_wr} iops_max=0 \
@@ -251,7 +251,7 @@ mod tests {
             }],
             cache: Cache::default(),
             zeroes: Zeroes::Off,
-            limits: Limits::default(),
+            limits: (Limits::default(), String::new()),
             is_read_only: node == 3,
             disk: disk.map(str::to_owned),
             fault: None,
