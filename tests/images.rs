@@ -101,6 +101,32 @@ fn lives(create: &[&str], more: &str) {
     is_clean(&image);
 }
 
+/// A process that is killed leaves an image that nothing is wrong with, but for clusters that nobody
+/// uses.
+#[test]
+fn left_in_good_order_by_one_that_was_killed() {
+    if !have(&[Hmpsh]) || !require(&[Need::QemuImg]) {
+        return;
+    }
+    let (place, guest) = (Place::new(), DiskGuest::new());
+    for round in 0..3 {
+        // So that a few writes need many tables.
+        let options = ["-o", "cluster_size=512"];
+        let image = place.create(&format!("{round}.qcow2"), &options);
+        let drive = drive("d0", &image, ",format=qcow2,cache=unsafe");
+        let vm = guest.setup_on(Hmpsh, &drive).start();
+        vm.wait_beacons(5 + 20 * round);
+        drop(vm);
+        let image = image.display().to_string();
+        let checked = run("qemu-img", &["check", "-f", "qcow2", &image]);
+        let said = String::from_utf8_lossy(&checked.stdout).into_owned();
+        // 3: leaks, and nothing else.
+        assert!(matches!(checked.status.code(), Some(0 | 3)), "{said}");
+        let again = guest.setup_on(Hmpsh, &drive).start();
+        goes_on(&[&again]);
+    }
+}
+
 /// The same of a raw one.
 fn lives_on_raw(more: &str) {
     if !have(&[Hmpsh]) {

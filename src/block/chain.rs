@@ -67,10 +67,10 @@ impl Opener {
             why: error.to_string(),
         };
         let [file_len, allocated] = probe::lengths(&file);
-        // A file past the cache is not read in small pieces; then there is less to tell.
         let facts = match format {
             Format::Raw => None,
-            Format::Qcow2 => snapshots::facts(&file).ok(),
+            // A file past the cache is not read in small pieces.
+            Format::Qcow2 => snapshots::facts(&probe::open(path, false, false)?).ok(),
         };
         let storage = StorageOpenOptions::new()
             .filename(path)
