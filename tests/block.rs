@@ -165,6 +165,35 @@ fn a_7_2_that_sends_its_disk_in_part_is_found_out() {
     assert!(blocks(&to) <= len / 512 * 3 / 4 + 64, "{}", blocks(&to));
 }
 
+/// A drive that is being sent stays what it is.
+#[test]
+fn on_its_way_a_drive_can_not_be_changed() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let (here, there) = (Images::full(4 * MIB), Images::new(4 * MIB));
+    let mut source = here.setup(&guest, Hmpsh).start();
+    goes_on(&[&source]);
+    let dest = there.setup(&guest, Hmpsh).incoming("tcp:127.0.0.1:0");
+    let mut dest = dest.start();
+    source.quiet("migrate_set_parameter max-bandwidth 1m");
+    source.command(&format!("migrate -d -b tcp:127.0.0.1:{}", dest.port()));
+    source.wait_for("info migrate", "transferred disk: 1");
+    let busy = "Node 'd1' is busy: block device is in use by migration\n";
+    assert_eq!(
+        source.command("block_resize d1 8"),
+        format!("Error: {busy}")
+    );
+    assert_eq!(source.command("drive_del d1"), busy);
+    assert_eq!(source.command("commit d1"), busy);
+    source.quiet("migrate_cancel");
+    source.wait_migration("cancelled");
+    source.quiet("block_resize d1 8");
+    source.wait_status("running");
+    goes_on(&[&source]);
+}
+
 /// An image that somebody cuts off is not taken for zeros; one that nobody finds any more is sent.
 #[test]
 fn of_an_image_that_was_cut_off_or_removed() {
