@@ -1,6 +1,7 @@
 //! Floor 2: what is behind a disk. A [`Backend`] has bytes at offsets; image formats are its
 //! implementations, disk devices its users.
 
+mod bitmap;
 mod chain;
 mod drive;
 mod layered;
@@ -17,6 +18,7 @@ mod throttle;
 use std::fs::File;
 use std::io;
 
+pub use self::bitmap::{Bitmap, BitmapError, BitmapInfo, Bitmaps};
 pub use self::drive::{CHUNK, Drive, Fault, Policy};
 pub use self::lock::LockError;
 #[cfg(test)]

@@ -23,6 +23,7 @@ use crate::vm::guest::Guest;
 use crate::vm::machine::{EventSink, Machine};
 use crate::vm::run_state::RunState;
 
+mod bitmaps;
 mod drives;
 mod events;
 mod incoming;

@@ -14,6 +14,7 @@ pub mod configuration;
 pub mod description;
 pub mod dest;
 pub mod dialect;
+pub mod dirty_bitmap;
 pub mod globalstate;
 pub mod handover;
 pub mod integrity;

@@ -767,6 +767,31 @@ fn every_command_answers() {
             "A block device must be specified for \"file\"\n",
         ),
         ("drive_del x", "Device 'x' not found\n"),
+        ("info dirty-bitmaps", ""),
+        (
+            "block_dirty_bitmap_add foo b0",
+            "Error: Cannot find device='foo' nor node-name='foo'\n",
+        ),
+        (
+            "block_dirty_bitmap_add foo b0 4294967296",
+            "Error: Parameter 'granularity' expects uint32_t\n",
+        ),
+        (
+            "block_dirty_bitmap_remove foo b0",
+            "Error: Node 'foo' not found\n",
+        ),
+        (
+            "block_dirty_bitmap_clear foo b0",
+            "Error: Node 'foo' not found\n",
+        ),
+        (
+            "block_dirty_bitmap_enable foo b0",
+            "Error: Node 'foo' not found\n",
+        ),
+        (
+            "block_dirty_bitmap_disable foo b0",
+            "Error: Node 'foo' not found\n",
+        ),
         ("info version", &format!("{}\n", env!("CARGO_PKG_VERSION"))),
         ("info name", "guest\n"),
         ("info uuid", &format!("{uuid}\n")),

@@ -1,10 +1,12 @@
-//! A drive: an image under its name, as disks and migration share it, with a log of what is written.
+//! A drive: an image under its name, as disks and migration share it, with a log of what is written,
+//! and bitmaps of it.
 
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
 
+use super::bitmap::{self, Bitmap, BitmapError, Bitmaps};
 use super::stats::Stats;
 use super::throttle::{Throttle, Way};
 use super::{Backend, Layer, LockError, SECTOR};
@@ -23,6 +25,7 @@ pub struct Drive {
     len: AtomicU64,
     is_read_only: bool,
     log: Mutex<Option<BTreeSet<u64>>>,
+    bitmaps: Bitmaps,
     stats: Stats,
     fault: Mutex<Option<Fault>>,
     throttle: Throttle,
@@ -78,6 +81,7 @@ impl Drive {
             disk: None,
             is_deleted: AtomicBool::new(false),
             log: Mutex::default(),
+            bitmaps: Bitmaps::default(),
             stats: Stats::default(),
             fault: Mutex::default(),
             throttle: Throttle::default(),
@@ -120,6 +124,7 @@ impl Drive {
         image.release();
         *image = Box::new(NoMedium);
         self.len.store(0, Ordering::SeqCst);
+        self.bitmaps.drop_all();
         drop(image);
         self.throttle.set_hurry(false);
     }
@@ -147,6 +152,48 @@ impl Drive {
     /// What was done through the drive so far.
     pub fn stats(&self) -> &Stats {
         &self.stats
+    }
+
+    /// Its dirty bitmaps.
+    pub fn bitmaps(&self) -> &Bitmaps {
+        &self.bitmaps
+    }
+
+    /// Makes another bitmap of the disk; without a granularity, one that fits the image.
+    ///
+    /// # Errors
+    /// There is one of that name, or name or granularity are none.
+    pub fn add_bitmap(
+        &self,
+        name: &str,
+        granularity: Option<u32>,
+        change: impl FnOnce(&mut Bitmap),
+    ) -> Result<(), BitmapError> {
+        let granularity = granularity.unwrap_or_else(|| self.default_granularity());
+        let mut bitmap = Bitmap::new(name, granularity, self.len())?;
+        change(&mut bitmap);
+        self.bitmaps.add(bitmap)?;
+        // It may have become longer meanwhile.
+        self.bitmaps.resize(self.len());
+        Ok(())
+    }
+
+    /// Takes over bitmaps of the drive that it stands in for.
+    pub fn adopt_bitmaps(&self, other: &Self) {
+        self.bitmaps.adopt(&other.bitmaps);
+        self.bitmaps.resize(self.len());
+    }
+
+    /// The granularity of a bitmap for which none was said.
+    fn default_granularity(&self) -> u32 {
+        let layers = self.layers();
+        let cluster = layers.first().and_then(|top| Some(top.facts?.cluster_size));
+        bitmap::default_granularity(cluster)
+    }
+
+    /// Whether a migration has it, or bitmaps of it.
+    pub fn is_busy(&self) -> bool {
+        self.is_logged() || self.bitmaps.is_busy()
     }
 
     /// Its name.
@@ -213,6 +260,12 @@ impl Drive {
         {
             log.extend(offset / CHUNK..=(offset + len - 1) / CHUNK);
         }
+        self.bitmaps.mark(offset, len);
+    }
+
+    fn set_len(&self, len: u64) {
+        self.len.store(len, Ordering::SeqCst);
+        self.bitmaps.resize(len);
     }
 
     fn log(&self) -> MutexGuard<'_, Option<BTreeSet<u64>>> {
@@ -273,7 +326,7 @@ impl Backend for Drive {
 
     fn resize(&self, len: u64) -> io::Result<()> {
         self.image().resize(len)?;
-        self.len.store(len, Ordering::SeqCst);
+        self.set_len(len);
         Ok(())
     }
 
@@ -289,7 +342,7 @@ impl Backend for Drive {
         let image = self.image();
         image.claim()?;
         // Whoever had it may have changed that.
-        self.len.store(image.sectors() * SECTOR, Ordering::SeqCst);
+        self.set_len(image.sectors() * SECTOR);
         Ok(())
     }
 
@@ -384,6 +437,30 @@ mod tests {
     }
 
     #[test]
+    fn bitmaps_note_what_is_written_in_any_way() {
+        let drive = drive(CHUNK);
+        drive.add_bitmap("b", Some(512), |_| ()).unwrap();
+        let dirty = || drive.bitmaps().info()[0].dirty;
+        drive
+            .write(1023, &mut vec![Out::from(&[1; 2][..])])
+            .unwrap();
+        assert_eq!(dirty(), 1024);
+        drive.zero(4096, 512, true).unwrap();
+        assert_eq!(dirty(), 1536);
+        // What is not done changes nothing; what fails may have.
+        drive.discard(8192, 512).unwrap();
+        assert_eq!((dirty(), drive.default_granularity()), (1536, 65536));
+        assert!(!drive.is_busy());
+        drive
+            .bitmaps()
+            .with("b", |bitmap| bitmap.is_busy = true)
+            .unwrap();
+        assert!(drive.is_busy());
+        drive.delete();
+        assert!(drive.bitmaps().info().is_empty());
+    }
+
+    #[test]
     fn zeros_that_are_written_can_be_found() {
         let image = Memory::new(CHUNK);
         let drive = Drive::new("d0".to_owned(), Box::new(image.clone()));
@@ -420,8 +497,10 @@ mod tests {
         image.fail_writes(0);
         let drive = Drive::new("d0".to_owned(), Box::new(image));
         drive.start_log();
+        drive.add_bitmap("b", Some(512), |_| ()).unwrap();
         let bytes = [1; 512];
         assert!(drive.write(0, &mut vec![Out::from(&bytes[..])]).is_err());
         assert_eq!(drive.take_dirty(0), Some(0));
+        assert_eq!(drive.bitmaps().info()[0].dirty, 512);
     }
 }

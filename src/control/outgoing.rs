@@ -142,6 +142,7 @@ impl Control {
                 zeros: self.settings.zero_blocks(),
                 incremental: self.settings.block_incremental(),
             }),
+            bitmaps: self.settings.dirty_bitmaps(),
             return_path: self.settings.return_path(),
             dialect: self.settings.dialect(),
             board: &self.board,

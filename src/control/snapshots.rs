@@ -94,6 +94,15 @@ impl Control {
                 "This is a disk-only snapshot. Revert to it  offline using qemu-img",
             ));
         };
+        if let Some((noted, _)) = found
+            .iter()
+            .find(|(drive, _)| !drive.bitmaps().info().is_empty())
+        {
+            return Err(Error(format!(
+                "Could not load snapshot '{name}' on '{}': Device has active dirty bitmaps",
+                noted.id()
+            )));
+        }
         self.check_room(len)?;
         for (drive, snapshot) in &found {
             on_file(drive, false, |file| {

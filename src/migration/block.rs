@@ -94,12 +94,7 @@ pub fn check(drives: &[Arc<Drive>], disk: &manifest::Disk) -> Result<(), String>
     if drive.is_read_only() {
         return Err(format!("Disk '{id}' can not be written at the destination"));
     }
-    let here = drive.len();
-    if here < len {
-        return Err(format!(
-            "Disk '{id}' is too small at the destination: {here} bytes of {len}"
-        ));
-    }
+    check_len(drive, len)?;
     claim(drive)?;
     if disk.is_partial && !has_behind(drive) {
         return Err(format!(
@@ -108,6 +103,17 @@ pub fn check(drives: &[Arc<Drive>], disk: &manifest::Disk) -> Result<(), String>
         ));
     }
     Ok(())
+}
+
+/// Whether a drive is as long as that one at the source; the text says why not.
+pub(super) fn check_len(drive: &Drive, len: u64) -> Result<(), String> {
+    let (id, here) = (drive.id(), drive.len());
+    match here < len {
+        true => Err(format!(
+            "Disk '{id}' is too small at the destination: {here} bytes of {len}"
+        )),
+        false => Ok(()),
+    }
 }
 
 /// Whether the image has a backing file.

@@ -20,6 +20,7 @@ use super::channel::Channel;
 use super::clock::Clock;
 use super::configuration;
 use super::dialect::Dialect;
+use super::dirty_bitmap::BitmapLoad;
 use super::handover::PointOfNoReturn;
 use super::integrity::{SEAL_REACH, Seal, Sealing};
 use super::progress::show_incoming;
@@ -64,6 +65,8 @@ impl Incoming<'_> {
             reader: Reader::new(channel, FIRST_PATIENCE),
             ram: RamLoad::new(self.guest.ram()),
             block: BlockLoad::new(self.guest.drives()),
+            bitmaps: BitmapLoad::new(self.guest.drives()),
+            is_advised: false,
             loader: Some(self.guest.loader()),
             seen: BTreeSet::new(),
             source: Source::Unknown,
@@ -108,6 +111,9 @@ struct Arrival<'a> {
     reader: Reader,
     ram: RamLoad<'a>,
     block: BlockLoad,
+    bitmaps: BitmapLoad,
+    /// Whether the source has said that something may follow the guest.
+    is_advised: bool,
     loader: Option<Box<dyn DeviceLoader + 'a>>,
     /// Device sections that have arrived, name and instance.
     seen: BTreeSet<(String, u32)>,
@@ -221,7 +227,8 @@ impl Arrival<'_> {
     }
 
     fn check_completeness(&self) -> Result<(), Error> {
-        if let Some(missing) = self.block.missing().or_else(|| self.ram.missing()) {
+        let missing = self.block.missing().or_else(|| self.ram.missing());
+        if let Some(missing) = missing.or_else(|| self.bitmaps.missing()) {
             return Err(Error::Stream(format!(
                 "The migration stream has no {missing}"
             )));
@@ -337,7 +344,7 @@ impl Arrival<'_> {
             self.order.board,
             status,
             time,
-            (ram, self.block.stats.clone()),
+            (ram, self.block.stats.clone(), self.bitmaps.lost.clone()),
             error,
             self.doubt.is_some(),
         );

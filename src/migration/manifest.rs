@@ -4,6 +4,7 @@
 //! ```text
 //! blocks be16 | { name cstr | length be64 }… | sections be16 | { idstr cstr | instance be32 | version be32 }…
 //! | disks be16 | { name cstr | length be64 | partial u8 }…
+//! | bitmaps be16 | { disk cstr | name cstr | length be64 }…
 //! ```
 //! Payload of the command MANIFEST (`docs/wire.md`). QEMU has nothing of the kind.
 
@@ -11,13 +12,14 @@ use super::block;
 use super::section::put_cstr;
 use crate::vm::guest::{Guest, SectionHeader, unknown_section};
 
-/// RAM blocks, device sections and disks of a machine. Disks are those that are going to be sent; where
-/// there are none, the list is left out.
+/// RAM blocks, device sections, disks and dirty bitmaps of a machine. Disks and bitmaps are those that
+/// are going to be sent; a list with nothing in it and nothing behind it is left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Manifest {
     blocks: Vec<(String, u64)>,
     sections: Vec<SectionHeader>,
     disks: Vec<Disk>,
+    bitmaps: Vec<Bitmap>,
 }
 
 /// A disk that goes along.
@@ -31,8 +33,19 @@ pub struct Disk {
     pub is_partial: bool,
 }
 
+/// A dirty bitmap that goes along.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Bitmap {
+    /// `id=` of its drive.
+    pub drive: String,
+    /// Its name.
+    pub name: String,
+    /// Bytes of the drive.
+    pub len: u64,
+}
+
 impl Manifest {
-    /// Of this machine, without disks.
+    /// Of this machine, without disks and bitmaps.
     pub fn of(guest: &dyn Guest) -> Self {
         let blocks = guest
             .ram()
@@ -42,6 +55,7 @@ impl Manifest {
             blocks: blocks.collect(),
             sections: guest.sections(),
             disks: Vec::new(),
+            bitmaps: Vec::new(),
         }
     }
 
@@ -56,6 +70,20 @@ impl Manifest {
             disks: disks.collect(),
             ..self
         }
+    }
+
+    /// With bitmaps; without, if that is more than a command can have: it is a courtesy.
+    pub fn with_bitmaps(mut self, bitmaps: Vec<Bitmap>) -> Self {
+        self.bitmaps = bitmaps;
+        if self.bytes().len() > usize::from(u16::MAX) {
+            self.bitmaps = Vec::new();
+        }
+        self
+    }
+
+    /// The bitmaps.
+    pub fn bitmaps(&self) -> &[Bitmap] {
+        &self.bitmaps
     }
 
     /// The disks.
@@ -73,13 +101,21 @@ impl Manifest {
             bytes.extend(section.instance.to_be_bytes());
             bytes.extend(section.version.to_be_bytes());
         }
-        if !self.disks.is_empty() {
+        if !(self.disks.is_empty() && self.bitmaps.is_empty()) {
             bytes.extend((self.disks.len() as u16).to_be_bytes());
         }
         for disk in &self.disks {
             put_cstr(&disk.id, &mut bytes);
             bytes.extend(disk.len.to_be_bytes());
             bytes.push(disk.is_partial.into());
+        }
+        if !self.bitmaps.is_empty() {
+            bytes.extend((self.bitmaps.len() as u16).to_be_bytes());
+        }
+        for bitmap in &self.bitmaps {
+            put_cstr(&bitmap.drive, &mut bytes);
+            put_cstr(&bitmap.name, &mut bytes);
+            bytes.extend(bitmap.len.to_be_bytes());
         }
         bytes
     }
@@ -99,13 +135,20 @@ impl Manifest {
         let sections = sections.collect::<Option<Vec<_>>>()?;
         let disks = match rest.0.is_empty() {
             true => Vec::new(),
-            false => rest.disks().filter(|disks| !disks.is_empty())?,
+            false => rest.disks()?,
         };
-        rest.0.is_empty().then_some(Self {
+        let bitmaps = match rest.0.is_empty() {
+            true => Vec::new(),
+            false => rest.bitmaps()?,
+        };
+        let manifest = Self {
             blocks,
             sections,
             disks,
-        })
+            bitmaps,
+        };
+        // There is one way to say a thing.
+        (rest.0.is_empty() && manifest.bytes() == payload).then_some(manifest)
     }
 
     /// Compares what a source announces with this machine. `Err` names the first difference, in
@@ -202,6 +245,15 @@ impl Rest<'_> {
         disks.collect()
     }
 
+    fn bitmaps(&mut self) -> Option<Vec<Bitmap>> {
+        let count = self.be16()?;
+        let bitmaps = (0..count).map(|_| {
+            let (drive, name, len) = (self.cstr()?, self.cstr()?, self.be64()?);
+            Some(Bitmap { drive, name, len })
+        });
+        bitmaps.collect()
+    }
+
     fn be16(&mut self) -> Option<u16> {
         self.array().map(u16::from_be_bytes)
     }
@@ -240,6 +292,7 @@ mod tests {
             ],
             sections: vec![section("cpu", 0, 12), section("serial", 0, 3)],
             disks: Vec::new(),
+            bitmaps: Vec::new(),
         }
     }
 
@@ -292,10 +345,19 @@ mod tests {
             }],
             ..sample()
         };
+        let with_disks = sample.bytes();
+        assert_eq!(Manifest::parse(&with_disks), Some(sample.clone()));
+        let bitmaps = vec![Bitmap {
+            drive: "hd0".to_owned(),
+            name: "b0".to_owned(),
+            len: 0x10_0000,
+        }];
+        let sample = sample.with_bitmaps(bitmaps);
         let bytes = sample.bytes();
         assert_eq!(Manifest::parse(&bytes), Some(sample));
-        for length in (0..bytes.len()).filter(|length| *length != plain.len()) {
-            assert_eq!(Manifest::parse(&bytes[..length]), None);
+        for length in 0..bytes.len() {
+            let is_whole = length == plain.len() || length == with_disks.len();
+            assert_eq!(Manifest::parse(&bytes[..length]).is_some(), is_whole);
         }
     }
 

@@ -230,6 +230,11 @@ impl Settings {
         self.lock().capabilities.is_on("zero-blocks")
     }
 
+    /// Capability `dirty-bitmaps`: bitmaps of the disks go with the guest.
+    pub fn dirty_bitmaps(&self) -> bool {
+        self.lock().capabilities.is_on("dirty-bitmaps")
+    }
+
     /// `-b` and `-i` switch [`Self::block`] and [`Self::block_incremental`] for one migration.
     pub fn switch_block(&self, block: bool, incremental: bool) {
         let mut state = self.lock();

@@ -185,7 +185,7 @@ pub fn show_incoming(
     board: &Board,
     status: Status,
     total_time: Duration,
-    (ram, disk): (Option<RamStats>, Option<DiskStats>),
+    (ram, disk, lost_bitmaps): (Option<RamStats>, Option<DiskStats>, Option<String>),
     error: Option<String>,
     handover_unknown: bool,
 ) {
@@ -198,6 +198,7 @@ pub fn show_incoming(
             ..ram
         });
         snapshot.disk = disk;
+        snapshot.lost_bitmaps = lost_bitmaps;
         snapshot.error = error;
         snapshot.handover_unknown = handover_unknown;
         if status == Status::Completed {

@@ -44,6 +44,8 @@ pub enum Command {
     OpenReturnPath,
     /// Answer with the same number.
     Ping,
+    /// Something may follow the guest later; without a payload that can only be dirty bitmaps.
+    PostcopyAdvise,
     /// The source is about to stop the guest (10.0).
     SwitchoverStart,
     /// Ours: what is going to be sent.
@@ -54,9 +56,10 @@ pub enum Command {
     Abandon,
 }
 
-const COMMANDS: [(Command, u16, &str, Option<u16>); 6] = [
+const COMMANDS: [(Command, u16, &str, Option<u16>); 7] = [
     (Command::OpenReturnPath, 1, "OPEN_RETURN_PATH", Some(0)),
     (Command::Ping, 2, "PING", Some(4)),
+    (Command::PostcopyAdvise, 3, "POSTCOPY_ADVISE", None),
     (Command::SwitchoverStart, 11, "SWITCHOVER_START", Some(0)),
     (Command::Manifest, 0x8000, "MANIFEST", None),
     (Command::Go, 0x8001, "GO", Some(0)),
@@ -64,8 +67,7 @@ const COMMANDS: [(Command, u16, &str, Option<u16>); 6] = [
 ];
 
 /// Commands of QEMU's that belong to features this version has not got.
-const UNBUILT: [(u16, &str); 8] = [
-    (3, "POSTCOPY_ADVISE"),
+const UNBUILT: [(u16, &str); 7] = [
     (4, "POSTCOPY_LISTEN"),
     (5, "POSTCOPY_RUN"),
     (6, "POSTCOPY_RAM_DISCARD"),
@@ -92,6 +94,13 @@ impl Command {
         let Some((command, _, name, expected)) = COMMANDS.iter().find(|row| row.1 == number) else {
             return Err(format!("MIG_CMD {number:#x} unknown (len {length:#x})"));
         };
+        if *command == Self::PostcopyAdvise {
+            return match length {
+                0 => Ok(*command),
+                16 => Err("RAM postcopy is disabled but have 16 byte advise".to_owned()),
+                _ => Err(format!("CMD_POSTCOPY_ADVISE invalid length ({length})")),
+            };
+        }
         match expected {
             Some(expected) if *expected != length => Err(format!(
                 "{name} received with bad length - expecting {expected}, got {length}"
@@ -157,6 +166,14 @@ mod tests {
         assert_eq!(
             Command::from_wire(1, 1),
             Err("OPEN_RETURN_PATH received with bad length - expecting 0, got 1".to_owned())
+        );
+        assert_eq!(
+            Command::from_wire(3, 16),
+            Err("RAM postcopy is disabled but have 16 byte advise".to_owned())
+        );
+        assert_eq!(
+            Command::from_wire(3, 1),
+            Err("CMD_POSTCOPY_ADVISE invalid length (1)".to_owned())
         );
         assert!(Command::from_wire(7, 4).is_err_and(|text| text.contains("PACKAGED")));
     }

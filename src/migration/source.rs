@@ -16,6 +16,7 @@ use super::channel::{Cancel, Channel, Fault};
 use super::clock::Clock;
 use super::configuration;
 use super::dialect::Dialect;
+use super::dirty_bitmap::BitmapSave;
 use super::globalstate;
 use super::handover::{Peer, PointOfNoReturn};
 use super::integrity::PROMISE;
@@ -51,6 +52,8 @@ pub struct Outgoing<'a> {
     /// How the disks go with it (`-b`, `-i`), if they do. Between two hmpsh chunks of zeros always go
     /// as such.
     pub block: Option<block::Options>,
+    /// Capability `dirty-bitmaps`: those of the drives go with it.
+    pub bitmaps: bool,
     /// Capability `return-path`; without effect on channels that have no way back.
     pub return_path: bool,
     /// Which records are sent.
@@ -79,6 +82,7 @@ impl<'a> Outgoing<'a> {
             return_path: ReturnPath::default(),
             peer: Peer::OneWay,
             block: None,
+            bitmaps: BitmapSave::default(),
             lead: 0,
             ram: None,
             soundings: 0,
@@ -104,6 +108,7 @@ struct Run<'a> {
     return_path: ReturnPath,
     peer: Peer,
     block: Option<BlockSave<'a>>,
+    bitmaps: BitmapSave,
     /// By how many bytes disks are ahead of memory, since both have had something to send.
     lead: i64,
     ram: Option<RamSave<'a>>,
@@ -117,20 +122,32 @@ struct Run<'a> {
 
 impl<'a> Run<'a> {
     fn script(&mut self) -> Result<(), Error> {
+        self.take_bitmaps()?;
         self.header();
         self.hail()?;
+        self.advise();
         self.begin_block();
         self.begin_ram()?;
+        self.begin_bitmaps()?;
         self.iterate()?;
         let before = self.stop_guest()?;
         self.finish_block()?;
         self.finish_ram()?;
+        self.finish_bitmaps()?;
         // The destination locks them before it says that it is ready.
         self.order
             .guest
             .release_drives(self.order.block.is_none())?;
         let sections = self.devices(before)?;
         self.hand_over(&sections)
+    }
+
+    /// From here on only the guest changes them.
+    fn take_bitmaps(&mut self) -> Result<(), Error> {
+        if self.order.bitmaps {
+            self.bitmaps = BitmapSave::new(self.order.guest.drives())?;
+        }
+        Ok(())
     }
 
     fn header(&mut self) {
@@ -171,6 +188,7 @@ impl<'a> Run<'a> {
             if let Some(options) = self.order.block {
                 manifest = manifest.with_disks(self.order.guest, options);
             }
+            manifest = manifest.with_bitmaps(self.bitmaps.announced());
             self.writer
                 .put(|to| Command::Manifest.put(&manifest.bytes(), to));
             self.writer.flush()?;
@@ -180,6 +198,13 @@ impl<'a> Run<'a> {
             )?;
         }
         Ok(())
+    }
+
+    /// A QEMU says so, bitmaps or not: they could follow the guest.
+    fn advise(&mut self) {
+        if self.order.bitmaps {
+            self.writer.put(|to| Command::PostcopyAdvise.put(&[], to));
+        }
     }
 
     fn begin_block(&mut self) {
@@ -209,6 +234,14 @@ impl<'a> Run<'a> {
         self.writer
             .progress
             .begin_iterating(self.writer.sent(), limits.downtime_limit);
+        Ok(())
+    }
+
+    fn begin_bitmaps(&mut self) -> Result<(), Error> {
+        if !self.bitmaps.is_empty() {
+            self.bitmaps.setup(&mut self.writer, self.order.dialect);
+            self.writer.flush()?;
+        }
         Ok(())
     }
 
@@ -330,6 +363,13 @@ impl<'a> Run<'a> {
         ram.complete(writer)?;
         writer.progress.show(writer.sent());
         Ok(())
+    }
+
+    fn finish_bitmaps(&mut self) -> Result<(), Error> {
+        match self.bitmaps.is_empty() {
+            true => Ok(()),
+            false => self.bitmaps.complete(&mut self.writer, self.order.dialect),
+        }
     }
 
     fn devices(&mut self, before: RunState) -> Result<Vec<SavedSection>, Error> {

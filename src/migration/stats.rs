@@ -126,6 +126,8 @@ pub struct Snapshot {
     pub ram: Option<RamStats>,
     /// Disk figures of a migration with disks.
     pub disk: Option<DiskStats>,
+    /// Why the guest came without its dirty bitmaps.
+    pub lost_bitmaps: Option<String>,
     /// Address an incoming migration listens on (`tcp:127.0.0.1:4444`).
     pub socket_address: Option<String>,
 }

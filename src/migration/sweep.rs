@@ -1,5 +1,6 @@
 //! Tests of the whole engine: both scripts, a scripted guest, and a connection that fails.
 
+mod bitmaps;
 mod cuts;
 mod disks;
 mod faults;
@@ -44,6 +45,8 @@ struct Setting {
     autostart: bool,
     /// How the disks go along, if they do.
     block: Option<block::Options>,
+    /// Whether dirty bitmaps go along.
+    bitmaps: bool,
 }
 
 /// The two partners.
@@ -72,6 +75,7 @@ impl Setting {
             limits,
             autostart: true,
             block: None,
+            bitmaps: false,
         }
     }
 
@@ -106,6 +110,7 @@ fn migrate(source: &FakeGuest, dest: &FakeGuest, setting: &Setting) -> Outcome {
             guest: source,
             limits: &limits,
             block: setting.block,
+            bitmaps: setting.bitmaps,
             return_path: matches!(setting.kind, Kind::Hmpsh | Kind::Stock),
             dialect: Dialect::default(),
             board: &source_board,

@@ -3,6 +3,7 @@
 //! A handler asks the verbs and prints; texts are made by pure functions beside it. QEMU:
 //! `monitor/hmp-cmds.c`, `migration/migration-hmp-cmds.c` and others.
 
+pub(super) mod bitmaps;
 pub(super) mod block;
 pub(super) mod chardev;
 pub(super) mod cpu;

@@ -45,7 +45,14 @@ impl DiskGuest {
 
     /// The same on another `-drive`, with the id `d0`.
     pub(crate) fn setup_on(&self, program: Program, drive: &str) -> Setup {
-        on_drive(Setup::new(program).kernel(self.kernel.path()), drive)
+        self.setup_named(program, "d0", drive)
+    }
+
+    /// The same with that id.
+    pub(crate) fn setup_named(&self, program: Program, id: &str, drive: &str) -> Setup {
+        let device = format!("virtio-blk-device,drive={id}");
+        let setup = Setup::new(program).kernel(self.kernel.path());
+        setup.args(&["-drive", drive, "-device", &device])
     }
 }
 

@@ -13,6 +13,7 @@ pub(crate) mod memory;
 pub(crate) mod need;
 pub(crate) mod pairwise;
 pub(crate) mod qcow2;
+pub(crate) mod qmp;
 pub(crate) mod report;
 pub(crate) mod small;
 pub(crate) mod ticks;

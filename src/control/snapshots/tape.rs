@@ -44,6 +44,7 @@ pub(super) fn record(
         guest: &guest,
         limits: &limits,
         block: None,
+        bitmaps: false,
         return_path: false,
         dialect: settings.dialect(),
         board: &board,

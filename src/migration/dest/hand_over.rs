@@ -70,6 +70,7 @@ impl Arrival<'_> {
         let wish = self.order.autostart.lock();
         let wish = wish.unwrap_or_else(PoisonError::into_inner);
         let state = globalstate::entered(received, *wish);
+        self.bitmaps.enable();
         match state {
             RunState::Running => self.order.guest.start()?,
             other => {
@@ -80,6 +81,7 @@ impl Arrival<'_> {
                 self.order.guest.stop(other)?;
             }
         }
+        self.bitmaps.keep();
         Ok(state)
     }
 }

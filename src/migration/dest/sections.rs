@@ -3,6 +3,7 @@
 use super::{Arrival, Source};
 use crate::migration::Error;
 use crate::migration::block;
+use crate::migration::dirty_bitmap;
 use crate::migration::globalstate;
 use crate::migration::integrity::PROMISE;
 use crate::migration::manifest::Manifest;
@@ -46,6 +47,7 @@ impl Arrival<'_> {
         match (&*header.idstr, header.instance) {
             (ram::IDSTR, 0) => self.ram.setup(&mut self.reader, &header, id)?,
             (block::IDSTR, 0) => self.block.setup(&mut self.reader, &header, id)?,
+            (dirty_bitmap::IDSTR, 0) => self.bitmaps.setup(&mut self.reader, &header, id)?,
             (idstr, instance) => return Err(Error::Stream(unknown_section(idstr, instance))),
         }
         self.footer(&header.idstr, id)?;
@@ -55,14 +57,16 @@ impl Arrival<'_> {
 
     fn piece(&mut self, from: u64, is_end: bool) -> Result<(), Error> {
         let id = self.reader.be32()?;
-        let idstr = match self.block.is(id) {
-            true => block::IDSTR,
-            false => ram::IDSTR,
+        let idstr = match id {
+            id if self.block.is(id) => block::IDSTR,
+            id if self.bitmaps.is(id) => dirty_bitmap::IDSTR,
+            _ => ram::IDSTR,
         };
         self.place.enter(named(idstr, 0), from);
-        match self.block.is(id) {
-            true => self.block.load(&mut self.reader, is_end)?,
-            false => self.ram.load(&mut self.reader, id, is_end)?,
+        match idstr {
+            block::IDSTR => self.block.load(&mut self.reader, is_end)?,
+            dirty_bitmap::IDSTR => self.bitmaps.load(&mut self.reader, is_end)?,
+            _ => self.ram.load(&mut self.reader, id, is_end)?,
         }
         self.footer(idstr, id)?;
         match is_end {
@@ -132,7 +136,10 @@ impl Arrival<'_> {
         let command = Command::from_wire(number, length).map_err(Error::Stream)?;
         let is_ours = !matches!(
             command,
-            Command::OpenReturnPath | Command::Ping | Command::SwitchoverStart
+            Command::OpenReturnPath
+                | Command::Ping
+                | Command::PostcopyAdvise
+                | Command::SwitchoverStart
         );
         if is_ours && self.source != Source::Hmpsh {
             return Err(Error::Stream(format!(
@@ -146,6 +153,12 @@ impl Arrival<'_> {
                 }
             }
             Command::Ping => self.ping()?,
+            Command::PostcopyAdvise => {
+                if std::mem::replace(&mut self.is_advised, true) {
+                    let text = "CMD_POSTCOPY_ADVISE in wrong postcopy state (1)";
+                    return Err(Error::stream(text));
+                }
+            }
             Command::SwitchoverStart | Command::Go => {}
             Command::Manifest => self.manifest(length)?,
             Command::Abandon => {
@@ -167,6 +180,7 @@ impl Arrival<'_> {
         say(self.reader.channel(), &Message::Pong(answer))?;
         if cookie == HAIL {
             self.source = Source::Hmpsh;
+            self.bitmaps.is_strict = true;
         }
         Ok(())
     }
@@ -180,6 +194,9 @@ impl Arrival<'_> {
             .map_err(Error::Stream)?;
         for disk in announced.disks() {
             block::check(&self.order.guest.drives(), disk).map_err(Error::Stream)?;
+        }
+        for bitmap in announced.bitmaps() {
+            dirty_bitmap::check(&self.order.guest.drives(), bitmap).map_err(Error::Stream)?;
         }
         Ok(say(self.reader.channel(), &Message::Accepted)?)
     }

@@ -45,7 +45,7 @@ const TABLE: [Row; 24] = [
     },
     not_built("pause-before-switchover"),
     not_built("multifd"),
-    not_built("dirty-bitmaps"),
+    built("dirty-bitmaps"),
     not_built("postcopy-blocktime"),
     not_built("late-block-activate"),
     not_built("x-ignore-shared"),

@@ -7,6 +7,7 @@ use super::Run;
 use crate::iov::Out;
 use crate::migration::Error;
 use crate::migration::channel::Fault;
+use crate::migration::dirty_bitmap::BitmapSave;
 use crate::migration::handover::Peer;
 use crate::migration::return_path::CLOSED;
 use crate::migration::section::Command;
@@ -82,6 +83,8 @@ impl Run<'_> {
     fn end_ram(&mut self, success: bool) {
         // What was written to a disk is in its image: nothing is to be given back.
         self.block = None;
+        // The operator has the bitmaps again, as they are.
+        self.bitmaps = BitmapSave::default();
         if let Some(ram) = self.ram.take() {
             ram.cleanup(success);
         }

@@ -134,6 +134,7 @@ fn stock_stream(owners: &Arc<Owners>) -> Vec<u8> {
         guest: &source,
         limits: &limits,
         block: None,
+        bitmaps: false,
         return_path: false,
         dialect: Dialect::default(),
         board: &board,

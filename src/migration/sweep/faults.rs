@@ -260,6 +260,7 @@ fn an_arrival_that_was_given_up_is_not_taken() {
                 guest: &source,
                 limits: &limits,
                 block: None,
+                bitmaps: false,
                 return_path: true,
                 dialect: Dialect::default(),
                 board: &source_board,

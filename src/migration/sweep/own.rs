@@ -27,6 +27,7 @@ impl Own {
             guest: &*source,
             limits: &limits,
             block: None,
+            bitmaps: false,
             return_path: false,
             dialect: Dialect::default(),
             board: &Board::default(),

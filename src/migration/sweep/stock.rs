@@ -8,6 +8,7 @@ use crate::iov::{In, Out};
 use crate::migration::Error;
 use crate::migration::channel::Channel;
 use crate::migration::configuration::{self, Local};
+use crate::migration::dirty_bitmap::BitmapLoad;
 use crate::migration::globalstate;
 use crate::migration::ram::RamLoad;
 use crate::migration::return_path::{Message, say};
@@ -38,6 +39,7 @@ pub(super) fn receive(guest: &FakeGuest, channel: Box<dyn Channel>) -> Result<Ru
 
 fn load(guest: &FakeGuest, reader: &mut Reader, answers: &mut bool) -> Result<(), Error> {
     let mut ram = RamLoad::new(guest.ram());
+    let mut bitmaps = BitmapLoad::new(guest.drives());
     let mut loader = guest.loader();
     assert_eq!((reader.be32()?, reader.be32()?), (MAGIC, 3));
     configuration::load(
@@ -54,6 +56,7 @@ fn load(guest: &FakeGuest, reader: &mut Reader, answers: &mut bool) -> Result<()
                 let (number, length) = (reader.be16()?, reader.be16()?);
                 match (number, length) {
                     (1, 0) => *answers = true,
+                    (3, 0) => {}
                     (2, 4) => {
                         let cookie = reader.be32()?;
                         say(reader.channel(), &Message::Pong(cookie))?;
@@ -73,6 +76,7 @@ fn load(guest: &FakeGuest, reader: &mut Reader, answers: &mut bool) -> Result<()
                 };
                 match &*header.idstr {
                     "ram" => ram.setup(reader, &header, id)?,
+                    "dirty-bitmap" => bitmaps.setup(reader, &header, id)?,
                     "globalstate" => {
                         globalstate::load(reader, version)?;
                     }
@@ -84,14 +88,20 @@ fn load(guest: &FakeGuest, reader: &mut Reader, answers: &mut bool) -> Result<()
             }
             kind @ (PART | END) => {
                 let id = reader.be32()?;
-                ram.load(reader, id, kind == END)?;
+                match bitmaps.is(id) {
+                    true => bitmaps.load(reader, kind == END)?,
+                    false => ram.load(reader, id, kind == END)?,
+                }
             }
             other => panic!("QEMU does not know section type {other}"),
         }
         assert_eq!(reader.u8()?, 0x7e);
         reader.be32()?;
     }
-    Ok(loader.apply()?)
+    loader.apply()?;
+    bitmaps.enable();
+    bitmaps.keep();
+    Ok(())
 }
 
 fn discard_description(reader: &mut Reader) -> Result<(), Error> {

@@ -65,6 +65,9 @@ fn status(snapshot: &Snapshot) -> String {
             }
         }
     }
+    if let Some(why) = &snapshot.lost_bitmaps {
+        line(&mut text, &format!("dirty bitmaps: lost ({why})"));
+    }
     if let Some(address) = &snapshot.socket_address {
         text.push_str("socket address: [\n");
         line(&mut text, &format!("\t{address}"));

@@ -37,11 +37,13 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes over drives that another machine had and this one has not.
+    /// Takes over drives that another machine had and this one has not, and bitmaps of the others.
     pub fn adopt_drives(&self, other: &Self) {
         for drive in other.all_drives() {
-            if self.drive(drive.id()).is_none() && drive.disk().is_none() {
-                self.write_drives().push(drive);
+            match self.drive(drive.id()) {
+                Some(own) => own.adopt_bitmaps(&drive),
+                None if drive.disk().is_none() => self.write_drives().push(drive),
+                None => {}
             }
         }
     }
@@ -111,7 +113,7 @@ impl Machine {
     fn idle_drive(&self, id: &str, missing: impl Fn(&str) -> String) -> Result<Arc<Drive>, Error> {
         let drive = self.drive(id);
         let drive = drive.ok_or_else(|| Error::State(missing(id)))?;
-        if drive.is_logged() {
+        if drive.is_busy() {
             return Err(Error::State(format!(
                 "Node '{id}' is busy: block device is in use by migration"
             )));
