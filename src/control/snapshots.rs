@@ -274,6 +274,10 @@ impl Control {
                     })
                 })
                 .and_then(|()| own.claim().map_err(|error| Error(error.line())));
+            // Only a disk keeps its image locked.
+            if own.disk().is_none() {
+                own.release();
+            }
             if let Err(error) = applied {
                 fresh.release_drives(false)?;
                 if number > 0 {
