@@ -110,8 +110,8 @@ pub trait Backend: Send + Sync {
         Err(io::ErrorKind::Unsupported.into())
     }
 
-    /// Does something with its file, of which nothing is only in memory meanwhile; with `is_changed`
-    /// nobody else uses the image, and its metadata are read anew afterwards.
+    /// Does something with its file, of which nothing is only in memory meanwhile; nobody else uses the
+    /// image. With `is_changed` its metadata are read anew afterwards.
     ///
     /// # Errors
     /// Those of `act`, of the host, or it is not that kind of image.

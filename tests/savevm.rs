@@ -69,8 +69,9 @@ fn beacon(vm: &Vmm) -> u64 {
     let log = std::fs::read_to_string(vm.log()).unwrap_or_default();
     assert!(!log.contains("FAULT"), "{log}");
     let whole = &log[..log.rfind('\n').unwrap_or(0)];
-    let last = whole.lines().rev().find_map(|line| line.strip_prefix("B "));
-    last.map_or(0, |last| last.parse().unwrap())
+    // Where it went back in the middle of a line that line is of two.
+    let number = |line: &str| line.strip_prefix("B ")?.parse().ok();
+    whole.lines().rev().find_map(number).unwrap_or(0)
 }
 
 #[track_caller]
@@ -283,6 +284,53 @@ fn a_full_host_leaves_what_was_there() {
     vm.quit();
     let text = place.img(&["check"], &[&used.display().to_string()]);
     assert!(text.contains("No errors were found"), "{text}");
+}
+
+/// The second disk can not be made what it was: then the first one is what it is, too.
+#[test]
+fn all_disks_go_back_or_none() {
+    if !have(&[Hmpsh]) || !require(&[Need::QemuImg, Need::Root]) {
+        return;
+    }
+    let place = Place::new();
+    let small = common::small::SmallDisk::new("size=1m");
+    let spare = small.path().join("spare");
+    std::fs::rename(place.path("spare"), &spare).unwrap_or_else(|_| {
+        std::fs::copy(place.path("spare"), &spare).unwrap();
+        std::fs::remove_file(place.path("spare")).unwrap();
+    });
+    std::os::unix::fs::symlink(&spare, place.path("spare")).unwrap();
+    let mut vm = place.setup(Hmpsh).start();
+    goes_on(&[&vm]);
+    vm.quiet("savevm one");
+    let then = beacon(&vm);
+    wait_beacon(&vm, |now| now > then + 70);
+    let stuffing = small.path().join("stuffing");
+    let mut refused = 0;
+    // What the present takes, then what going back takes.
+    for kib in (0..=512).step_by(32) {
+        fill(&stuffing, kib);
+        let before = beacon(&vm);
+        let said = vm.command("loadvm one");
+        std::fs::remove_file(&stuffing).unwrap();
+        if said.is_empty() {
+            break;
+        }
+        refused += 1;
+        assert!(
+            said.contains("Device 'd1': ") && said.contains("No space left"),
+            "{said}"
+        );
+        vm.wait_status("running");
+        wait_beacon(&vm, |now| now > before + 20);
+        assert!(!vm.command("info snapshots").contains("before-loadvm"));
+    }
+    assert!(refused > 1, "{refused}");
+    wait_beacon(&vm, |now| now < then + 70);
+    wait_beacon(&vm, |now| now > then + 100);
+    assert!(!vm.command("info snapshots").contains("before-loadvm"));
+    vm.quit();
+    place.is_clean();
 }
 
 /// Takes all room of a file system but so many KiB.

@@ -178,8 +178,10 @@ impl Drive {
         Ok(())
     }
 
-    /// Takes over bitmaps of the drive that it stands in for.
-    pub fn adopt_bitmaps(&self, other: &Self) {
+    /// Takes over bitmaps and limits of the drive that it stands in for.
+    pub fn adopt(&self, other: &Self) {
+        let limits = &other.throttle;
+        self.throttle.set_limits(limits.limits(), &limits.group());
         self.bitmaps.adopt(&other.bitmaps);
         self.bitmaps.resize(self.len());
     }

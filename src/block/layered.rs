@@ -263,14 +263,14 @@ impl Backend for Layered {
         if self.format == Format::Raw {
             return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP));
         }
+        // Who only looks would see a table without its count while somebody writes.
+        let mut access = self.write_access();
         if !is_changed {
-            let access = self.read_access();
             if let Some(access) = access.as_ref().filter(|access| access.is_writable) {
                 access.image.flush()?;
             }
             return self.on_file(false, act);
         }
-        let mut access = self.write_access();
         let own = access.as_ref().filter(|access| access.is_writable);
         own.ok_or_else(not_ours)?.image.flush()?;
         *access = None;

@@ -3,6 +3,7 @@
 //! A leaky bucket for each limit, as in QEMU (`util/throttle.c`): a tenth of a second's worth may
 //! come at once, and who finds a bucket full waits until it has run out so far.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -51,6 +52,8 @@ const BURST: Duration = Duration::from_millis(100);
 /// A drive's limits, and who waits for them.
 #[derive(Default)]
 pub struct Throttle {
+    /// Whether there is any limit: without, a request takes no lock.
+    is_any: AtomicBool,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -82,6 +85,8 @@ impl Throttle {
         let mut state = self.lock();
         group.clone_into(&mut state.group);
         state.limits = limits;
+        self.is_any
+            .store(limits != Limits::default(), Ordering::Relaxed);
         state.empty = [None; 6];
         drop(state);
         self.changed.notify_all();
@@ -100,10 +105,10 @@ impl Throttle {
 
     /// Lets a request of `len` bytes through when it is its turn.
     pub(super) fn pass(&self, way: Way, len: u64) {
-        let mut state = self.lock();
-        if state.limits == Limits::default() {
+        if !self.is_any.load(Ordering::Relaxed) {
             return;
         }
+        let mut state = self.lock();
         let asked = state.limits;
         let mut now = Instant::now();
         let turn = state.fill(way, len, now);

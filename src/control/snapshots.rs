@@ -70,7 +70,8 @@ impl Control {
     /// Makes machine and disks what they were.
     ///
     /// # Errors
-    /// The guest goes on as it is.
+    /// The guest goes on as it is. Only if a disk could neither be made what it was nor be left as it
+    /// is does the guest stay stopped, in run state `internal-error`.
     pub fn load_snapshot(&self, name: &str) -> Result<(), Error> {
         let _only = self.only_snapshot()?;
         let machine = self.machine_at_home()?;
@@ -110,17 +111,20 @@ impl Control {
             })?;
         }
         let before = machine.stop(RunState::RestoreVm)?;
-        let loaded = self.load(&machine, drive, snapshot);
-        match loaded.and_then(|fresh| self.exchange(&machine, fresh, &found)) {
-            Ok(fresh) => self.resume(&fresh, before),
-            Err(error) => {
-                machine.listen();
-                let back = machine.claim_drives().map_err(Error::from);
-                back.and_then(|()| self.resume(&machine, before))
-                    .map_err(|second| Error(format!("{error}; and then: {second}")))?;
-                Err(error)
-            }
+        let loaded = self.load(&machine, drive, snapshot).map_err(Failed::whole);
+        let failed = match loaded.and_then(|fresh| self.exchange(&machine, fresh, &found)) {
+            Ok(fresh) => return self.resume(&fresh, before),
+            Err(failed) => failed,
+        };
+        machine.listen();
+        if failed.is_half {
+            machine.set_run_state(RunState::InternalError);
+            return Err(failed.error);
         }
+        let back = machine.claim_drives().map_err(Error::from);
+        back.and_then(|()| self.resume(&machine, before))
+            .map_err(|second| Error(format!("{}; and then: {second}", failed.error)))?;
+        Err(failed.error)
     }
 
     /// Removes a snapshot from all disks.
@@ -259,33 +263,27 @@ impl Control {
         machine: &Machine,
         fresh: Arc<Machine>,
         found: &[Found],
-    ) -> Result<Arc<Machine>, Error> {
+    ) -> Result<Arc<Machine>, Failed> {
         fresh.adopt_drives(machine);
-        for (number, (drive, snapshot)) in found.iter().enumerate() {
+        let own = found.iter().map(|(drive, snapshot)| {
             let id = drive.id();
             let own = fresh.drive(id);
             let own = own.ok_or_else(|| Error(format!("Drive '{id}' is not there any more")))?;
-            let applied = own
-                .claim()
-                .map_err(|error| Error(error.line()))
-                .and_then(|()| {
-                    on_file(&own, true, |file| {
-                        Ok(snapshots::apply(file, &snapshot.id())?)
-                    })
-                })
-                .and_then(|()| own.claim().map_err(|error| Error(error.line())));
+            Ok((own, snapshot.clone()))
+        });
+        let own = own.collect::<Result<Vec<Found>, Error>>();
+        let reverted = own.map_err(Failed::whole).and_then(|own| {
+            let reverted = revert(&own);
             // Only a disk keeps its image locked.
-            if own.disk().is_none() {
-                own.release();
-            }
-            if let Err(error) = applied {
-                fresh.release_drives(false)?;
-                if number > 0 {
-                    // Half of the disks are what they were then: nobody can run on that.
-                    machine.set_run_state(RunState::InternalError);
-                }
-                return Err(error);
-            }
+            let unused = own.iter().filter(|(drive, _)| drive.disk().is_none());
+            unused.for_each(|(drive, _)| drive.release());
+            reverted
+        });
+        if let Err(failed) = reverted {
+            return Err(match fresh.release_drives(false) {
+                Ok(()) => failed,
+                Err(error) => failed.and(&error.into()),
+            });
         }
         *lock(&self.machine) = Arc::clone(&fresh);
         Ok(fresh)
@@ -318,6 +316,89 @@ impl Control {
         }
     }
 }
+
+/// Why a snapshot was not loaded.
+struct Failed {
+    error: Error,
+    /// Some disks are what they were then, others are not: nobody can run on that.
+    is_half: bool,
+}
+
+impl Failed {
+    /// All disks are as they were before.
+    fn whole(error: Error) -> Self {
+        Self {
+            error,
+            is_half: false,
+        }
+    }
+
+    /// Something else went wrong too.
+    fn and(self, second: &Error) -> Self {
+        Self {
+            error: Error(format!("{}; and then: {second}", self.error)),
+            ..self
+        }
+    }
+}
+
+/// Makes all disks what they were, or leaves all as they are: each has a snapshot of its present
+/// meanwhile, to come back to.
+fn revert(found: &[Found]) -> Result<(), Failed> {
+    let mut present: Vec<(&Arc<Drive>, String)> = Vec::new();
+    let mut tried = 0;
+    let noted = found.iter().try_for_each(|(drive, _)| {
+        drive.claim().map_err(|error| Error(error.line()))?;
+        let mut id = String::new();
+        on_file(drive, true, |file| {
+            id = snapshots::create(file, &PRESENT)?.commit()?;
+            Ok(())
+        })?;
+        present.push((drive, id));
+        Ok(())
+    });
+    let reverted = noted.and_then(|()| {
+        found.iter().try_for_each(|(drive, snapshot)| {
+            tried += 1;
+            apply(drive, &snapshot.id())
+        })
+    });
+    let result = reverted.map_err(|error| {
+        let mut touched = present.iter().take(tried);
+        match touched.try_for_each(|(drive, id)| apply(drive, id)) {
+            Ok(()) => Failed::whole(error),
+            Err(second) => Failed {
+                is_half: true,
+                ..Failed::whole(error).and(&second)
+            },
+        }
+    });
+    if result.as_ref().is_err_and(|failed| failed.is_half) {
+        // Whoever mends that needs them.
+        return result;
+    }
+    for (drive, id) in &present {
+        if let Err(error) = on_file(drive, true, |file| Ok(snapshots::delete(file, id)?)) {
+            log::error!("{error}");
+        }
+    }
+    result
+}
+
+/// Makes one disk what it was.
+fn apply(drive: &Drive, id: &str) -> Result<(), Error> {
+    on_file(drive, true, |file| Ok(snapshots::apply(file, id)?))?;
+    // Its length may be another one.
+    drive.claim().map_err(|error| Error(error.line()))
+}
+
+/// What a disk's present is called while an older snapshot is loaded.
+const PRESENT: New<'static> = New {
+    name: "before-loadvm",
+    seconds: 0,
+    nanoseconds: 0,
+    vm_clock: 0,
+};
 
 /// The drives that a snapshot is of, at least one; the first has the machine's state.
 fn writable(machine: &Machine) -> Result<Vec<Arc<Drive>>, Error> {

@@ -41,7 +41,7 @@ impl Machine {
     pub fn adopt_drives(&self, other: &Self) {
         for drive in other.all_drives() {
             match self.drive(drive.id()) {
-                Some(own) => own.adopt_bitmaps(&drive),
+                Some(own) => own.adopt(&drive),
                 None if drive.disk().is_none() => self.write_drives().push(drive),
                 None => {}
             }
