@@ -7,8 +7,9 @@
 use std::collections::BTreeMap;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use crate::block::Drive;
 use crate::chardev::Chardev;
 use crate::config::{Config, Incoming};
 use crate::errno::Errno;
@@ -74,8 +75,11 @@ pub struct Control {
     /// Start the guest when it has arrived; `stop` and `cont` change it while waiting.
     autostart: Mutex<bool>,
     events: Arc<Events>,
-    /// Held while a snapshot is taken, loaded or removed.
-    snapshots: Mutex<()>,
+    /// Held alone while a snapshot is taken, loaded or removed, and by many while drives are
+    /// changed.
+    drives: RwLock<()>,
+    /// Whether the disks are of different times: some have gone back, and some could not.
+    at_odds: AtomicBool,
     /// Descriptors the program was started with, by number.
     inherited: Mutex<NamedFds>,
     quitting: AtomicBool,
@@ -97,8 +101,7 @@ impl Control {
                 .map_err(Error::new)?;
         }
         let events = Arc::new(Events::default());
-        let is_incoming = config.incoming.is_some();
-        let machine = build_machine(&config, &chardevs, &events, is_incoming)?;
+        let machine = build_machine(&config, &chardevs, &events, None)?;
         let board = Arc::new(Board::default());
         let told = Arc::clone(&events);
         board.watch(Box::new(move |snapshot| {
@@ -115,7 +118,8 @@ impl Control {
             board,
             job: Mutex::default(),
             events,
-            snapshots: Mutex::default(),
+            drives: RwLock::default(),
+            at_odds: AtomicBool::new(false),
             inherited: Mutex::new(inherited),
             quitting: AtomicBool::new(false),
             exit_status: AtomicU8::new(0),
@@ -194,6 +198,8 @@ impl Control {
             RunState::FinishMigrate => Err(Error::new(
                 "The guest is being handed over, it can't be stopped now",
             )),
+            // It is at rest, and runs again afterwards.
+            RunState::SaveVm | RunState::RestoreVm => Err(Error::new(snapshots::UNDER_WAY)),
             _ => Ok(()),
         }
     }
@@ -223,9 +229,13 @@ impl Control {
             if force {
                 return Ok(());
             }
+            if self.at_odds.load(Ordering::SeqCst) {
+                return Err(snapshots::AT_ODDS.to_owned());
+            }
             job.whereabouts(&self.board.read()).map_or(Ok(()), Err)
         })?;
         if force {
+            self.at_odds.store(false, Ordering::SeqCst);
             job.forget();
             self.board.update(|snapshot| {
                 if snapshot.direction == Direction::Incoming {
@@ -276,13 +286,18 @@ impl Control {
 
     /// The last thing done before the program ends: no thread of ours survives it.
     pub fn shut_down(&self) {
+        let _alone = self.drives.write().unwrap_or_else(PoisonError::into_inner);
         self.end_job();
         if self.run_state().is_running()
             && let Err(error) = self.machine().stop(RunState::Shutdown)
         {
             log::warn!("Failed to stop the guest: {error}");
         }
-        if let Err(error) = self.machine().release_drives(true) {
+        let machine = self.machine();
+        let released = machine.release_drives(true);
+        // What could be written back was; the rest is lost in any case.
+        if let Err(error) = released.or_else(|error| machine.release_drives(false).and(Err(error)))
+        {
             log::error!("{error}");
         }
         for chardev in &self.chardevs {
@@ -356,6 +371,11 @@ impl Control {
         Arc::clone(&lock(&self.machine))
     }
 
+    /// A machine like this one, for a guest that is to come.
+    fn rebuild_machine(&self, drives: Vec<Arc<Drive>>) -> Result<Arc<Machine>, Error> {
+        build_machine(&self.config, &self.chardevs, &self.events, Some(drives))
+    }
+
     /// Ends the program with that status, orderly, soon after this call.
     pub fn quit_with(&self, status: u8) {
         self.exit_status.store(status, Ordering::SeqCst);
@@ -372,11 +392,12 @@ impl Control {
     }
 }
 
+/// The machine of that configuration; with drives, for a guest that is to come.
 fn build_machine(
     config: &Config,
     chardevs: &[Arc<dyn Chardev>],
     events: &Arc<Events>,
-    is_incoming: bool,
+    drives: Option<Vec<Arc<Drive>>>,
 ) -> Result<Arc<Machine>, Error> {
     let serial = config
         .machine
@@ -386,7 +407,10 @@ fn build_machine(
         .map(Arc::clone);
     let told = Arc::clone(events);
     let sink: EventSink = Arc::new(move |event| told.tell(&event));
-    let machine = Machine::new(&config.machine, serial, sink, is_incoming)?;
+    let machine = match drives {
+        None => Machine::new(&config.machine, serial, sink, config.incoming.is_some()),
+        Some(drives) => Machine::with_drives(&config.machine, drives, serial, sink),
+    }?;
     machine.set_reboots(!config.no_reboot);
     Ok(machine)
 }

@@ -3,6 +3,8 @@
 mod common;
 
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use common::disk::{DiskGuest, goes_on};
 use common::hmp::PATIENCE;
@@ -10,6 +12,9 @@ use common::need::{Need, require, tool};
 use common::poll;
 use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
 use common::vmm::{Program, Setup, Vmm, have};
+use hmpsh::cli::Request;
+use hmpsh::control::{Control, MigrateOptions, Shared};
+use hmpsh::poll::Poll;
 
 /// A guest with two qcow2 disks, of which it lives on the first.
 struct Place {
@@ -155,7 +160,9 @@ fn taken_for_one_of_disks(program: Program) {
     vm.quit();
     let mut vm = place.setup(Hmpsh).args(&["-S"]).start();
     let then = vm.command("info snapshots");
+    vm.wait_status("paused (prelaunch)");
     vm.quiet("loadvm one");
+    vm.wait_status("paused");
     vm.quiet("cont");
     wait_beacon(&vm, |now| now > 70);
     assert_eq!(vm.command("info snapshots"), then);
@@ -331,6 +338,142 @@ fn all_disks_go_back_or_none() {
     assert!(!vm.command("info snapshots").contains("before-loadvm"));
     vm.quit();
     place.is_clean();
+}
+
+/// Drives that were taken out, added or limited since then are still so.
+#[test]
+fn drives_stay_as_they_are() {
+    if !have(&[Hmpsh]) || !require(&[Need::QemuImg]) {
+        return;
+    }
+    let place = Place::new();
+    for name in ["x", "y", "other"] {
+        place.img(&["create", "-q", "-f", "qcow2"], &[name, "1M"]);
+    }
+    let option = |id: &str, name: &str| {
+        let file = place.path(name);
+        format!("if=none,id={id},file={file},format=qcow2")
+    };
+    let setup = place.setup(Hmpsh);
+    let setup = setup.args(&["-drive", &option("x", "x"), "-drive", &option("y", "y")]);
+    let mut vm = setup.start();
+    goes_on(&[&vm]);
+    for line in ["drive_del x", "drive_del y", "drive_del d1"] {
+        vm.quiet(line);
+    }
+    std::fs::remove_file(place.path("x")).unwrap();
+    let added = vm.command(&format!("drive_add 0 {}", option("y", "other")));
+    assert_eq!(added, "OK\n");
+    vm.quiet("block_set_io_throttle d0 0 0 0 0 0 9000");
+    vm.quiet("savevm one");
+    let before = vm.command("info block");
+    let then = beacon(&vm);
+    wait_beacon(&vm, |now| now > then + 70);
+    vm.quiet("loadvm one");
+    wait_beacon(&vm, |now| now < then + 70);
+    wait_beacon(&vm, |now| now > then + 70);
+    assert_eq!(vm.command("info block"), before);
+    assert!(before.contains("iops_wr=9000") && before.contains("other") && !before.contains("x: "));
+    // A disk without its image keeps the guest neither from leaving nor from being quit.
+    let there = vm.path("state");
+    vm.quiet(&format!("migrate file:{}", there.display()));
+    vm.wait_migration("completed");
+    vm.quit();
+    place.is_clean();
+    for (name, count) in [("y", 0), ("other", 1)] {
+        let listed = place.img(&["snapshot", "-l"], &[name]);
+        assert_eq!(listed.matches(" one ").count(), count, "{name}: {listed}");
+    }
+}
+
+/// Whatever another monitor asks for meanwhile, each is told what it can have and the guest is whole.
+#[test]
+fn two_monitors_do_not_meet() {
+    if !require(&[Need::Kvm, Need::QemuImg]) {
+        return;
+    }
+    let place = Place::new();
+    let serial = place.path("serial");
+    let control = control(&[
+        "-M",
+        "microvm,accel=kvm",
+        "-m",
+        "16",
+        "-append",
+        "disk=1",
+        "-display",
+        "none",
+        "-serial",
+        &format!("file:{serial}"),
+        "-drive",
+        &format!("if=none,id=d0,file={},format=qcow2", place.path("used")),
+        "-device",
+        "virtio-blk-device,drive=d0",
+        "-drive",
+        &format!("if=none,id=d1,file={},format=qcow2", place.path("spare")),
+    ]);
+    control.launch().unwrap();
+    control.save_snapshot(Some("a")).unwrap();
+    let is_over = AtomicBool::new(false);
+    let (mut refused, mut done) = (0, 0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let answers = (0..20).flat_map(|_| {
+                let saved = control.save_snapshot(Some("a"));
+                [saved, control.load_snapshot("a")]
+            });
+            done = answers.filter(Result::is_ok).count();
+            is_over.store(true, Ordering::SeqCst);
+        });
+        let leave = MigrateOptions {
+            uri: "exec:exit 1".to_owned(),
+            ..MigrateOptions::default()
+        };
+        while !is_over.load(Ordering::SeqCst) {
+            let answers = [
+                control.stop(),
+                control.snapshots().map(drop),
+                control.cont(false),
+                control.resize_drive("d1", 3 << 20),
+                control.migrate(&leave, &mut Default::default()),
+                control.snapshots().map(drop),
+            ];
+            let errors = answers.iter().filter_map(|answer| answer.as_ref().err());
+            let is_meeting = |text: &String| text.contains("A snapshot is being taken or loaded");
+            refused += errors.filter(|error| is_meeting(&error.0)).count();
+            // The other one has its turns too.
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    });
+    assert!(refused > 0 && done > 0, "{refused} refused, {done} done");
+    let ended = poll(PATIENCE, || {
+        (!control.migration().status.is_running()).then_some(())
+    });
+    assert!(ended.is_some());
+    control.cont(false).unwrap();
+    assert_eq!(control.run_state().name(), "running");
+    let said = || std::fs::read_to_string(&serial).unwrap();
+    let before = said().len();
+    let goes_on = poll(PATIENCE, || (said().len() > before + 200).then_some(()));
+    assert!(goes_on.is_some() && !said().contains("FAULT"), "{}", said());
+    let names = control.snapshots().unwrap();
+    assert_eq!((names.whole.len(), names.partial.len()), (1, 0));
+    control.shut_down();
+    place.is_clean();
+}
+
+/// The program without its mouths.
+fn control(args: &[&str]) -> Shared {
+    let Request::Run(config) = hmpsh::cli::parse(args.iter().map(Into::into)).unwrap() else {
+        panic!("{args:?}");
+    };
+    let poll = Poll::new().unwrap();
+    let chardevs = config.chardevs.iter().map(|config| {
+        let opened = hmpsh::chardev::open(config, &poll, &|| false);
+        opened.unwrap()
+    });
+    let chardevs = chardevs.collect();
+    Control::new(*config, poll, chardevs, Default::default()).unwrap()
 }
 
 /// Takes all room of a file system but so many KiB.

@@ -7,7 +7,7 @@ use std::io::{self, Read, Write};
 
 use common::memory::{Event, Memory, play};
 use common::need::{Need, require};
-use common::qcow2::{Qcow2, minimal};
+use common::qcow2::{Qcow2, check, minimal};
 use hmpsh::block::snapshots::{self, Error, New};
 
 const STATE: &[u8] = &[9; 5000];
@@ -212,7 +212,7 @@ fn counts_and_their_table_grow_with_the_file() {
     creation.write_all(&state).unwrap();
     assert_eq!(creation.len(), 7_000_001);
     assert_eq!(creation.commit().unwrap(), "1");
-    snapshots::check(&file, "1").unwrap();
+    check(&file, "1").unwrap();
     assert!(found(&file.bytes.borrow()).snapshots[0].2 == state);
     // What has become free is used again.
     let len = file.bytes.borrow().len();
@@ -237,7 +237,7 @@ fn everything(bytes: &[u8]) -> Vec<String> {
     };
     let all = [
         snapshots::list(&file).map(drop),
-        snapshots::check(&file, "1"),
+        check(&file, "1"),
         state("1"),
         create(&file),
         snapshots::apply(&file, "1"),

@@ -5,7 +5,7 @@ mod common;
 use std::io::{Read, Write};
 
 use common::need::{Need, require};
-use common::qcow2::Qcow2;
+use common::qcow2::{Qcow2, check};
 use common::vmm::{Program, Setup, have};
 use hmpsh::block::snapshots::{self, Error, New};
 
@@ -166,7 +166,7 @@ impl Walk {
         let is_ours = is_ours || self.most < 100 || self.has_more && is_resized;
         match is_ours {
             true => {
-                snapshots::check(&self.image.file(), &known.id).unwrap();
+                check(&self.image.file(), &known.id).unwrap();
                 snapshots::apply(&self.image.file(), &known.id).unwrap();
             }
             false => drop(self.image.snapshot(&["-a", &known.id]).unwrap()),
@@ -203,7 +203,7 @@ impl Walk {
         assert_eq!(names.collect::<Vec<_>>(), expected.collect::<Vec<_>>());
         assert_eq!(list[at].disk_size, known.disk.len() as u64);
         assert!(state(&self.image, &known.id) == known.state);
-        snapshots::check(&self.image.file(), &known.id).unwrap();
+        check(&self.image.file(), &known.id).unwrap();
         // The tool reads as much as the disk has now.
         let disk = self.image.content(Some(&known.id));
         let len = disk.len().min(known.disk.len());
@@ -340,7 +340,7 @@ fn beside_a_running(program: Program) {
     let stream = state(&image, &theirs.id());
     assert_eq!(stream.len() as u64, theirs.vm_state_size);
     assert_eq!(stream[..4], *b"QEVM");
-    snapshots::check(&image.file(), &theirs.id()).unwrap();
+    check(&image.file(), &theirs.id()).unwrap();
     snapshots::apply(&image.file(), &id).unwrap();
     snapshots::delete(&image.file(), &id).unwrap();
     create(&image, "again", &saved).unwrap();

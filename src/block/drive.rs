@@ -115,6 +115,23 @@ impl Drive {
         self.image.read().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Does something with the image while it is ours: that of a drive without a disk nobody has
+    /// claimed.
+    ///
+    /// # Errors
+    /// It can not be claimed; nothing is done then.
+    pub fn as_owner<T>(&self, act: impl FnOnce() -> T) -> Result<T, LockError> {
+        let is_unused = self.disk.is_none();
+        if is_unused {
+            self.claim()?;
+        }
+        let done = act();
+        if is_unused {
+            self.release();
+        }
+        Ok(done)
+    }
+
     /// Takes the image out when nobody uses it any more, and lets others use it. From here on every
     /// request fails, and nobody finds the drive by its name.
     pub fn delete(&self) {

@@ -105,8 +105,7 @@ pub fn apply<S: Storage>(file: &S, id: &str) -> Result<(), Error> {
     change.publish()
 }
 
-/// Everything that [`apply`] and [`vm_state()`] need of the snapshot with that ID is in the file
-/// and well, its VM state included, which is read wholly. Only reads.
+/// Everything that [`apply`] needs of the snapshot with that ID is in the file and well. Only reads.
 ///
 /// # Errors
 /// What is not well.
@@ -116,11 +115,16 @@ pub fn check<S: Storage>(file: &S, id: &str) -> Result<(), Error> {
     image.check_size(&image.snapshots[at])?;
     let mut refcounts = image.refcounts()?;
     image.checked(&image.snapshots[at], &mut refcounts)?;
-    tree::check(&image, &mut refcounts, &image.active()?)?;
-    match VmState::open(image, at)? {
-        Some(state) => state.check(),
-        None => Ok(()),
-    }
+    tree::check(&image, &mut refcounts, &image.active()?)
+}
+
+/// The VM state of the snapshot with that ID is all there and what was saved: it is read wholly.
+/// What the disk is changed to meanwhile does not matter.
+///
+/// # Errors
+/// What is not well.
+pub fn check_state<S: Storage>(file: &S, id: &str) -> Result<(), Error> {
+    vm_state(file, id)?.map_or(Ok(()), VmState::check)
 }
 
 /// The VM state of the snapshot with that ID, to be read; `None` if it is one of disks only.

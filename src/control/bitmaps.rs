@@ -15,6 +15,7 @@ impl Control {
         granularity: Option<u32>,
         is_enabled: bool,
     ) -> Result<(), Error> {
+        let _changed = self.changed_drives()?;
         let found = self.machine().drive(drive);
         let found = found.ok_or_else(|| match name {
             // Looked at first.

@@ -1,10 +1,10 @@
 //! Waiting for a guest to arrive.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 
 use super::job::Brake;
-use super::{Control, Error, NamedFds, build_machine, lock};
+use super::{Control, Error, NamedFds, lock};
 use crate::migration::channel::{self, Channel, Fault, Listener};
 use crate::migration::clock::HostClock;
 use crate::migration::dest::Incoming;
@@ -115,10 +115,9 @@ impl Control {
 
     /// Whatever arrived in part is thrown away with the machine it arrived in.
     fn renew_machine(&self) -> Result<(), Error> {
-        let fresh = build_machine(&self.config, &self.chardevs, &self.events, true)?;
-        fresh.set_run_state(RunState::InMigrate);
-        fresh.adopt_drives(&self.machine());
-        *lock(&self.machine) = fresh;
+        let _alone = self.drives.write().unwrap_or_else(PoisonError::into_inner);
+        let drives = self.machine().reopen_drives(&self.config.machine)?;
+        *lock(&self.machine) = self.rebuild_machine(drives)?;
         Ok(())
     }
 }

@@ -4,20 +4,24 @@
 //! of the other: hashes, refusals, two phases. A snapshot is loaded into a second machine; the
 //! running one is let go only when that has all of it.
 
+mod images;
+mod revert;
 mod still;
 mod tape;
 
-use std::fs::File;
 use std::io;
-use std::sync::{Arc, MutexGuard, TryLockError};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, RwLockWriteGuard, TryLockError};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use self::images::{can_have, find, kept_file, list, loadable, on_file, remove, writable};
+use self::revert::{Failed, revert};
 use super::job::IN_PROGRESS;
-use super::{Control, Error, build_machine, lock};
+use super::{Control, Error, lock};
 use crate::block::snapshots::{self, New, Snapshot};
 use crate::block::{Backend, Drive};
 use crate::calendar::Date;
-use crate::config::{BackendKind, Format};
+use crate::config::BackendKind;
 use crate::vm::guest::Guest;
 use crate::vm::machine::Machine;
 use crate::vm::run_state::RunState;
@@ -33,25 +37,25 @@ pub struct SnapshotList {
 
 /// Why something can not be done now.
 pub(super) const UNDER_WAY: &str = "A snapshot is being taken or loaded";
-
-/// A snapshot of one drive's.
-type Found = (Arc<Drive>, Snapshot);
+/// Why a guest must not run on disks that could neither go back nor stay.
+pub(super) const AT_ODDS: &str = "loadvm has failed half-way: some disks are what they were then, \
+                                  others are not. Load a snapshot (cont -f runs the guest on them)";
 
 impl Control {
     /// Takes a snapshot; those of the same name are removed when it is there.
     ///
     /// # Errors
-    /// There is none then, and the guest goes on.
+    /// There is none then, and the guest goes on; or the text says that it is there, or that the
+    /// guest does not go on.
     pub fn save_snapshot(&self, name: Option<&str>) -> Result<(), Error> {
-        let _only = self.only_snapshot()?;
-        let machine = self.machine_at_home()?;
-        let drives = writable(&machine)?;
+        let _alone = self.alone_with_drives()?;
+        let drives = writable(&*self.machine_at_home()?)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH);
         let now = now.map_err(Error::new)?;
         let seconds = u32::try_from(now.as_secs()).map_err(Error::new)?;
         let name = name.map_or_else(|| unnamed(seconds.into()), str::to_owned);
         let old = find(&drives, &name)?;
-        let before = machine.stop(RunState::SaveVm)?;
+        let (machine, before) = self.halt(RunState::SaveVm)?;
         let vm_clock = machine.clock();
         let saved = vm_clock.map_err(Error::from).and_then(|vm_clock| {
             let new = New {
@@ -62,69 +66,51 @@ impl Control {
             };
             self.save(&machine, before, &drives, &new)
         });
-        let removed = saved.and_then(|()| remove(&old));
-        let back = self.resume(&machine, before);
-        removed.and(back)
+        let removed = saved.and_then(|()| {
+            remove(&old).map_err(|error| {
+                Error(format!(
+                    "Snapshot '{name}' was taken, but the older one of that name is still there: \
+                     {error}"
+                ))
+            })
+        });
+        both(removed, self.resume(&machine, before))
     }
 
-    /// Makes machine and disks what they were.
+    /// Makes machine and disks what they were. A guest that did not run is `paused` then.
     ///
     /// # Errors
     /// The guest goes on as it is. Only if a disk could neither be made what it was nor be left as it
     /// is does the guest stay stopped, in run state `internal-error`.
     pub fn load_snapshot(&self, name: &str) -> Result<(), Error> {
-        let _only = self.only_snapshot()?;
-        let machine = self.machine_at_home()?;
-        let drives = writable(&machine)?;
-        let mut found = find(&drives, name)?;
-        found.dedup_by(|other, first| Arc::ptr_eq(&other.0, &first.0));
-        let missing = drives
-            .iter()
-            .any(|drive| !found.iter().any(|(with, _)| Arc::ptr_eq(with, drive)));
-        if missing {
-            return Err(Error(format!(
-                "Snapshot '{name}' does not exist in one or more devices"
-            )));
-        }
-        let state = found.iter().find_map(|(drive, snapshot)| {
+        let _alone = self.alone_with_drives()?;
+        let found = loadable(&writable(&*self.machine_before_load()?)?, name)?;
+        let with_state = found.iter().find_map(|(drive, snapshot)| {
             let state = snapshot.state()?;
             Some((drive, snapshot, state.len))
         });
-        let Some((drive, snapshot, len)) = state else {
+        let Some((drive, snapshot, len)) = with_state else {
             return Err(Error::new(
                 "This is a disk-only snapshot. Revert to it  offline using qemu-img",
             ));
         };
-        if let Some((noted, _)) = found
-            .iter()
-            .find(|(drive, _)| !drive.bitmaps().info().is_empty())
-        {
-            return Err(Error(format!(
-                "Could not load snapshot '{name}' on '{}': Device has active dirty bitmaps",
-                noted.id()
-            )));
-        }
         self.check_room(len)?;
-        for (drive, snapshot) in &found {
-            on_file(drive, false, |file| {
-                Ok(snapshots::check(file, &snapshot.id())?)
-            })?;
-        }
-        let before = machine.stop(RunState::RestoreVm)?;
+        found.iter().try_for_each(images::check)?;
+        let (machine, before) = self.halt(RunState::RestoreVm)?;
         let loaded = self.load(&machine, drive, snapshot).map_err(Failed::whole);
-        let failed = match loaded.and_then(|fresh| self.exchange(&machine, fresh, &found)) {
-            Ok(fresh) => return self.resume(&fresh, before),
-            Err(failed) => failed,
-        };
-        machine.listen();
-        if failed.is_half {
-            machine.set_run_state(RunState::InternalError);
-            return Err(failed.error);
+        match loaded.and_then(|fresh| revert(&found).map(|()| fresh)) {
+            Ok(fresh) => {
+                self.at_odds.store(false, Ordering::SeqCst);
+                *lock(&self.machine) = Arc::clone(&fresh);
+                let after = match before {
+                    RunState::Running => RunState::Running,
+                    // Whatever was wrong is not, in there.
+                    _ => RunState::Paused,
+                };
+                self.resume(&fresh, after)
+            }
+            Err(failed) => self.stay(&machine, before, failed),
         }
-        let back = machine.claim_drives().map_err(Error::from);
-        back.and_then(|()| self.resume(&machine, before))
-            .map_err(|second| Error(format!("{}; and then: {second}", failed.error)))?;
-        Err(failed.error)
     }
 
     /// Removes a snapshot from all disks.
@@ -132,9 +118,8 @@ impl Control {
     /// # Errors
     /// No disk has it, or it could not be removed from all.
     pub fn delete_snapshot(&self, name: &str) -> Result<(), Error> {
-        let _only = self.only_snapshot()?;
-        let machine = self.machine_at_home()?;
-        let found = find(&writable(&machine)?, name)?;
+        let _alone = self.alone_with_drives()?;
+        let found = find(&writable(&*self.machine_at_home()?)?, name)?;
         if found.is_empty() {
             return Err(Error(format!("Snapshot '{name}' does not exist")));
         }
@@ -146,6 +131,8 @@ impl Control {
     /// # Errors
     /// No disk can have any, or an image can not be read.
     pub fn snapshots(&self) -> Result<SnapshotList, Error> {
+        // Not held: whoever looks must not keep another from taking one.
+        drop(self.changed_drives()?);
         let machine = self.machine();
         let drives: Vec<_> = machine
             .drives()
@@ -169,33 +156,94 @@ impl Control {
         Ok(SnapshotList { whole, partial })
     }
 
-    /// Keeps another monitor from doing the same.
-    fn only_snapshot(&self) -> Result<MutexGuard<'_, ()>, Error> {
-        match self.snapshots.try_lock() {
-            Ok(only) => Ok(only),
-            Err(TryLockError::Poisoned(only)) => Ok(only.into_inner()),
-            Err(TryLockError::WouldBlock) => Err(Error::new(UNDER_WAY)),
+    /// Keeps another monitor from doing the same, and from changing drives.
+    fn alone_with_drives(&self) -> Result<RwLockWriteGuard<'_, ()>, Error> {
+        let alone = match self.drives.try_write() {
+            Ok(alone) => alone,
+            Err(TryLockError::Poisoned(alone)) => alone.into_inner(),
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error(format!("{UNDER_WAY}, or a drive is being changed")));
+            }
+        };
+        match self.is_ending() {
+            true => Err(Error::new(ENDING)),
+            false => Ok(alone),
+        }
+    }
+
+    /// The machine, if the guest is here, stays here and is well.
+    fn machine_at_home(&self) -> Result<Arc<Machine>, Error> {
+        match self.run_state() {
+            RunState::InternalError => Err(Error::new("KVM could not go on with the guest")),
+            _ => self.machine_before_load(),
         }
     }
 
     /// The machine, if the guest is here and stays here.
-    fn machine_at_home(&self) -> Result<Arc<Machine>, Error> {
+    fn machine_before_load(&self) -> Result<Arc<Machine>, Error> {
         if self.board.read().status.is_running() {
             return Err(Error::new(IN_PROGRESS));
         }
         match self.run_state() {
             RunState::InMigrate => Err(Error::new("Guest is waiting for an incoming migration")),
             RunState::PostMigrate => Err(Error::new("The guest is elsewhere")),
-            RunState::InternalError => Err(Error::new("KVM could not go on with the guest")),
             _ => Ok(self.machine()),
         }
     }
 
-    /// The guest runs if it ran before.
+    /// Stops the guest, unless it is about to leave. Returns what it was doing.
+    fn halt(&self, state: RunState) -> Result<(Arc<Machine>, RunState), Error> {
+        // Held, so that no migration begins in between; that state keeps it from beginning later.
+        let _job = self.job();
+        let machine = self.machine_before_load()?;
+        let before = machine.stop(state)?;
+        Ok((machine, before))
+    }
+
+    /// The guest does what it did before.
     fn resume(&self, machine: &Machine, before: RunState) -> Result<(), Error> {
         match before {
-            RunState::Running => Ok(machine.start()?),
-            other => Ok(machine.stop(other).map(drop)?),
+            RunState::Running if !self.is_ending() => machine.start().map_err(|error| {
+                // So that `cont` tries again.
+                machine.set_run_state(RunState::Paused);
+                Error(format!("The guest could not go on, and is paused: {error}"))
+            }),
+            RunState::Running => {
+                machine.set_run_state(RunState::Paused);
+                Ok(())
+            }
+            other => {
+                machine.set_run_state(other);
+                Ok(())
+            }
+        }
+    }
+
+    /// A snapshot was not loaded: the machine is what it was, if that can be.
+    fn stay(&self, machine: &Machine, before: RunState, failed: Failed) -> Result<(), Error> {
+        machine.listen();
+        let Failed { error, is_half } = failed;
+        if !is_half {
+            return both(Err(error), self.resume(machine, before));
+        }
+        self.at_odds.store(true, Ordering::SeqCst);
+        machine.set_run_state(RunState::InternalError);
+        Err(Error(format!(
+            "{error}. Some disks are what they were then, others are not, and the guest stays \
+             stopped: load a snapshot again. What each disk was before is its snapshot '{}'",
+            revert::PRESENT_NAME
+        )))
+    }
+
+    fn is_ending(&self) -> bool {
+        self.exit_status().is_some()
+    }
+
+    /// For what takes long.
+    fn check_ending(&self) -> io::Result<()> {
+        match self.is_ending() {
+            true => Err(io::Error::other(ENDING)),
+            false => Ok(()),
         }
     }
 
@@ -211,16 +259,20 @@ impl Control {
         let created = drives.iter().rev().try_for_each(|drive| {
             let has_state = Arc::ptr_eq(drive, &drives[0]);
             let mut id = String::new();
-            on_file(drive, true, |file| {
+            let done = on_file(drive, true, |file| {
                 let mut creation = snapshots::create(file, new)?;
                 if has_state {
-                    tape::record(machine, before, &self.settings, &mut creation)?;
+                    let go_on = || self.check_ending();
+                    tape::record(machine, before, &self.settings, &mut creation, &go_on)?;
                 }
                 id = creation.commit()?;
                 Ok(())
-            })?;
-            made.push((drive, id));
-            Ok(())
+            });
+            // It is there even if the image could not be opened again.
+            if !id.is_empty() {
+                made.push((drive, id));
+            }
+            done
         });
         created.inspect_err(|_| {
             for (drive, id) in &made {
@@ -232,60 +284,25 @@ impl Control {
         })
     }
 
-    /// A second machine in the state that a snapshot has. The first one's images are let go.
+    /// A second machine around the same drives, in the state that a snapshot has.
     fn load(
         &self,
         machine: &Machine,
         drive: &Drive,
         snapshot: &Snapshot,
     ) -> Result<Arc<Machine>, Error> {
-        machine.release_drives(true)?;
-        let fresh = build_machine(&self.config, &self.chardevs, &self.events, true)?;
-        fresh.set_run_state(RunState::InMigrate);
-        let played = on_file(drive, false, |file| {
-            let Some(mut state) = snapshots::vm_state(file, &snapshot.id())? else {
+        let fresh = self.rebuild_machine(machine.drives())?;
+        // The machine that reads it claims the image meanwhile.
+        let file = kept_file(drive)?;
+        let played = || -> io::Result<()> {
+            let Some(mut state) = snapshots::vm_state(&file, &snapshot.id())? else {
                 return Err(io::ErrorKind::NotFound.into());
             };
-            tape::play(&mut state, &*fresh, &self.settings, self.uuid())
-        });
-        match played {
-            Ok(()) => Ok(fresh),
-            Err(error) => {
-                fresh.release_drives(false)?;
-                Err(error)
-            }
-        }
-    }
-
-    /// The disks become what they were, and the second machine takes the place of the first.
-    fn exchange(
-        &self,
-        machine: &Machine,
-        fresh: Arc<Machine>,
-        found: &[Found],
-    ) -> Result<Arc<Machine>, Failed> {
-        fresh.adopt_drives(machine);
-        let own = found.iter().map(|(drive, snapshot)| {
-            let id = drive.id();
-            let own = fresh.drive(id);
-            let own = own.ok_or_else(|| Error(format!("Drive '{id}' is not there any more")))?;
-            Ok((own, snapshot.clone()))
-        });
-        let own = own.collect::<Result<Vec<Found>, Error>>();
-        let reverted = own.map_err(Failed::whole).and_then(|own| {
-            let reverted = revert(&own);
-            // Only a disk keeps its image locked.
-            let unused = own.iter().filter(|(drive, _)| drive.disk().is_none());
-            unused.for_each(|(drive, _)| drive.release());
-            reverted
-        });
-        if let Err(failed) = reverted {
-            return Err(match fresh.release_drives(false) {
-                Ok(()) => failed,
-                Err(error) => failed.and(&error.into()),
-            });
-        }
-        *lock(&self.machine) = Arc::clone(&fresh);
+            let go_on = || self.check_ending();
+            tape::play(&mut state, &*fresh, &self.settings, self.uuid(), &go_on)
+        };
+        let played = played();
+        played.map_err(|error| Error(format!("Device '{}': {error}", drive.id())))?;
         Ok(fresh)
     }
 
@@ -317,160 +334,6 @@ impl Control {
     }
 }
 
-/// Why a snapshot was not loaded.
-struct Failed {
-    error: Error,
-    /// Some disks are what they were then, others are not: nobody can run on that.
-    is_half: bool,
-}
-
-impl Failed {
-    /// All disks are as they were before.
-    fn whole(error: Error) -> Self {
-        Self {
-            error,
-            is_half: false,
-        }
-    }
-
-    /// Something else went wrong too.
-    fn and(self, second: &Error) -> Self {
-        Self {
-            error: Error(format!("{}; and then: {second}", self.error)),
-            ..self
-        }
-    }
-}
-
-/// Makes all disks what they were, or leaves all as they are: each has a snapshot of its present
-/// meanwhile, to come back to.
-fn revert(found: &[Found]) -> Result<(), Failed> {
-    let mut present: Vec<(&Arc<Drive>, String)> = Vec::new();
-    let mut tried = 0;
-    let noted = found.iter().try_for_each(|(drive, _)| {
-        drive.claim().map_err(|error| Error(error.line()))?;
-        let mut id = String::new();
-        on_file(drive, true, |file| {
-            id = snapshots::create(file, &PRESENT)?.commit()?;
-            Ok(())
-        })?;
-        present.push((drive, id));
-        Ok(())
-    });
-    let reverted = noted.and_then(|()| {
-        found.iter().try_for_each(|(drive, snapshot)| {
-            tried += 1;
-            apply(drive, &snapshot.id())
-        })
-    });
-    let result = reverted.map_err(|error| {
-        let mut touched = present.iter().take(tried);
-        match touched.try_for_each(|(drive, id)| apply(drive, id)) {
-            Ok(()) => Failed::whole(error),
-            Err(second) => Failed {
-                is_half: true,
-                ..Failed::whole(error).and(&second)
-            },
-        }
-    });
-    if result.as_ref().is_err_and(|failed| failed.is_half) {
-        // Whoever mends that needs them.
-        return result;
-    }
-    for (drive, id) in &present {
-        if let Err(error) = on_file(drive, true, |file| Ok(snapshots::delete(file, id)?)) {
-            log::error!("{error}");
-        }
-    }
-    result
-}
-
-/// Makes one disk what it was.
-fn apply(drive: &Drive, id: &str) -> Result<(), Error> {
-    on_file(drive, true, |file| Ok(snapshots::apply(file, id)?))?;
-    // Its length may be another one.
-    drive.claim().map_err(|error| Error(error.line()))
-}
-
-/// What a disk's present is called while an older snapshot is loaded.
-const PRESENT: New<'static> = New {
-    name: "before-loadvm",
-    seconds: 0,
-    nanoseconds: 0,
-    vm_clock: 0,
-};
-
-/// The drives that a snapshot is of, at least one; the first has the machine's state.
-fn writable(machine: &Machine) -> Result<Vec<Arc<Drive>>, Error> {
-    let all = machine.drives().into_iter();
-    let drives: Vec<_> = all
-        .filter(|drive| !drive.is_read_only() && !drive.is_deleted())
-        .collect();
-    if let Some(unfit) = drives.iter().find(|drive| !can_have(drive)) {
-        return Err(Error(format!(
-            "Device '{}' is writable but does not support snapshots",
-            unfit.id()
-        )));
-    }
-    if drives.is_empty() {
-        return Err(Error::new("No block device can accept snapshots"));
-    }
-    Ok(drives)
-}
-
-fn can_have(drive: &Arc<Drive>) -> bool {
-    let layers = drive.layers();
-    let top = layers.first();
-    top.is_some_and(|top| top.format == Format::Qcow2)
-}
-
-/// Does something with the file of a drive's image.
-fn on_file(
-    drive: &Drive,
-    is_changed: bool,
-    mut act: impl FnMut(&File) -> io::Result<()>,
-) -> Result<(), Error> {
-    // No disk that uses it would have claimed it.
-    let is_unused = is_changed && drive.disk().is_none();
-    let failed = |why: String| Error(format!("Device '{}': {why}", drive.id()));
-    if is_unused {
-        drive.claim().map_err(|error| failed(error.line()))?;
-    }
-    let done = drive.image().with_file(is_changed, &mut act);
-    if is_unused {
-        drive.release();
-    }
-    done.map_err(|error| failed(error.to_string()))
-}
-
-fn list(drive: &Arc<Drive>) -> Result<Vec<Snapshot>, Error> {
-    let mut list = Vec::new();
-    on_file(drive, false, |file| {
-        list = snapshots::list(file)?;
-        Ok(())
-    })?;
-    Ok(list)
-}
-
-/// Snapshots of that name, each drive's latest first.
-fn find(drives: &[Arc<Drive>], name: &str) -> Result<Vec<Found>, Error> {
-    let mut found = Vec::new();
-    for drive in drives {
-        let its = list(drive)?.into_iter().rev();
-        let its = its.filter(|snapshot| snapshot.name() == name);
-        found.extend(its.map(|snapshot| (Arc::clone(drive), snapshot)));
-    }
-    Ok(found)
-}
-
-fn remove(found: &[Found]) -> Result<(), Error> {
-    found.iter().try_for_each(|(drive, snapshot)| {
-        on_file(drive, true, |file| {
-            Ok(snapshots::delete(file, &snapshot.id())?)
-        })
-    })
-}
-
 /// QEMU's name of a snapshot that was given none, of the time it is taken (UTC).
 fn unnamed(seconds: i64) -> String {
     let Date {
@@ -484,3 +347,13 @@ fn unnamed(seconds: i64) -> String {
     } = Date::at(seconds);
     format!("vm-{year:04}{month:02}{day:02}{hour:02}{minute:02}{second:02}")
 }
+
+/// Both errors, if there are two.
+fn both(first: Result<(), Error>, second: Result<(), Error>) -> Result<(), Error> {
+    match (first, second) {
+        (Err(first), Err(second)) => Err(Error(format!("{first}; and then: {second}"))),
+        (first, second) => first.and(second),
+    }
+}
+
+const ENDING: &str = "The program is about to end";

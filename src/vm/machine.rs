@@ -105,6 +105,28 @@ impl Machine {
         events: EventSink,
         incoming: bool,
     ) -> Result<Arc<Self>, Error> {
+        let open = || disks::open_drives(config);
+        Self::build(config, open, serial, events, incoming)
+    }
+
+    /// As [`Self::new`] with `incoming`, of drives that are open. A disk gets the one that says that
+    /// it is the disk's.
+    pub fn with_drives(
+        config: &MachineConfig,
+        drives: Vec<Arc<Drive>>,
+        serial: Option<Arc<dyn Chardev>>,
+        events: EventSink,
+    ) -> Result<Arc<Self>, Error> {
+        Self::build(config, || Ok(drives), serial, events, true)
+    }
+
+    fn build(
+        config: &MachineConfig,
+        open: impl FnOnce() -> Result<Vec<Arc<Drive>>, Error>,
+        serial: Option<Arc<dyn Chardev>>,
+        events: EventSink,
+        incoming: bool,
+    ) -> Result<Arc<Self>, Error> {
         let model = Model::from_name(&config.cpu)?;
         let vcpus = config.vcpus;
         if !(1..=VCPUS_MAX).contains(&vcpus) {
@@ -124,14 +146,14 @@ impl Machine {
         let itself = Arc::new(OnceLock::new());
         let reports = Arc::new(Reports::default());
         let kvm = accel::open(config.accel)?;
-        let drives = disks::open_drives(config)?;
-        let attached = disks::attached(config, &drives);
+        let drives = open()?;
+        let attached = disks::attached(config, &drives)?;
         if !incoming {
             disks::claim_at_start(&attached)?;
         }
         let parts = Parts {
             config,
-            drives: &drives,
+            attached: &attached,
             map: &map,
             vcpus,
             model,
@@ -303,7 +325,7 @@ impl Machine {
 /// What the two ways of building a machine share.
 struct Parts<'a> {
     config: &'a MachineConfig,
-    drives: &'a [Arc<Drive>],
+    attached: &'a [Attached],
     map: &'a Arc<Map>,
     vcpus: u8,
     model: Model,
@@ -356,7 +378,7 @@ impl Parts<'_> {
     ) -> Result<Arc<Bus>, Error> {
         let disks = disks::make(
             self.config,
-            self.drives,
+            self.attached,
             self.map,
             vm,
             line,

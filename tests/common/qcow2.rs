@@ -4,6 +4,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
+use hmpsh::block::snapshots::{self, Error, Storage};
 use tempfile::TempDir;
 
 use super::need::tool;
@@ -176,3 +177,8 @@ const BLOCK: usize = 2;
 const L1: usize = 3;
 const L2: usize = 4;
 const COPIED: u64 = 1 << 63;
+
+/// All that can be known of a snapshot before it is loaded.
+pub(crate) fn check<S: Storage>(file: &S, id: &str) -> Result<(), Error> {
+    snapshots::check(file, id).and_then(|()| snapshots::check_state(file, id))
+}

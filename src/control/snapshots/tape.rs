@@ -22,12 +22,16 @@ use crate::vm::guest::Guest;
 use crate::vm::machine::Machine;
 use crate::vm::run_state::RunState;
 
+/// Asked again and again whether to go on; the error why not.
+type GoOn<'a> = &'a (dyn Fn() -> io::Result<()> + Sync);
+
 /// Writes the state of a guest that stands still to `to`.
 pub(super) fn record(
     machine: &Machine,
     before: RunState,
     settings: &Settings,
     to: &mut dyn Write,
+    go_on: GoOn<'_>,
 ) -> io::Result<()> {
     let guest = Still { machine, before };
     let (exit, entrance) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -56,7 +60,7 @@ pub(super) fn record(
     std::thread::scope(|scope| {
         let engine = scope.spawn(|| outgoing.run(channel).map_err(io::Error::other));
         // The end of this one closes the pipe, which ends the engine.
-        let copied = copy(&mut File::from(exit), to);
+        let copied = copy(&mut File::from(exit), to, go_on);
         let sent = engine.join().unwrap_or_else(|_| Err(panicked()));
         copied.and(sent.map(drop))
     })
@@ -68,6 +72,7 @@ pub(super) fn play(
     guest: &dyn Guest,
     settings: &Settings,
     uuid: Option<[u8; 16]>,
+    go_on: GoOn<'_>,
 ) -> io::Result<()> {
     let (exit, entrance) = pipe_with(PipeFlags::CLOEXEC)?;
     let brake = Brake::new().map_err(io::Error::other)?;
@@ -87,7 +92,7 @@ pub(super) fn play(
         dialect: settings.dialect(),
     };
     std::thread::scope(|scope| {
-        let feeder = scope.spawn(|| copy(from, &mut File::from(entrance)));
+        let feeder = scope.spawn(|| copy(from, &mut File::from(entrance), go_on));
         let loaded = incoming.run(channel).map_err(io::Error::other);
         let fed = feeder.join().unwrap_or_else(|_| Err(panicked()));
         match (loaded, fed) {
@@ -103,9 +108,14 @@ pub(super) fn play(
 }
 
 /// All bytes, in pieces of a pipe's size.
-fn copy(from: &mut (impl Read + ?Sized), to: &mut (impl Write + ?Sized)) -> io::Result<()> {
+fn copy(
+    from: &mut (impl Read + ?Sized),
+    to: &mut (impl Write + ?Sized),
+    go_on: GoOn<'_>,
+) -> io::Result<()> {
     let mut bytes = vec![0; 256 << 10];
     loop {
+        go_on()?;
         match from.read(&mut bytes) {
             Ok(0) => return Ok(()),
             Ok(count) => to.write_all(&bytes[..count])?,

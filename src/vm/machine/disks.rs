@@ -42,17 +42,14 @@ pub(super) fn open_drive(drive: &DriveConfig, disk: Option<String>) -> Result<Ar
 /// a number.
 pub(super) fn make(
     config: &MachineConfig,
-    drives: &[Arc<Drive>],
+    attached: &[Attached],
     map: &Arc<Map>,
     vm: Option<&SharedVm>,
     line: &dyn Fn(u32) -> IrqLine,
     stop: &Reporter,
 ) -> Result<Vec<Arc<Disk>>, Error> {
     let mut disks = Vec::new();
-    for wanted in &config.disks {
-        let Some(drive) = drives.get(wanted.drive) else {
-            return Err(Error::State(format!("no drive for slot {}", wanted.slot)));
-        };
+    for (wanted, (drive, _)) in config.disks.iter().zip(attached) {
         let disk = Disk::new(Parts {
             slot: wanted.slot,
             interface: config.interface,
@@ -60,7 +57,7 @@ pub(super) fn make(
             image: Arc::clone(drive) as _,
             map: Arc::clone(map),
             irq: line(wanted.gsi()),
-            is_writeback: config.drives[wanted.drive].cache.is_writeback,
+            is_writeback: drive.policy().cache.is_writeback,
             on_error: wanted.on_error,
             stop: on_fault(Arc::clone(drive), Arc::clone(stop)),
         })?;
@@ -97,12 +94,23 @@ pub(super) fn forget_faults(attached: &[Attached]) {
 /// A drive that a disk uses, and the option that asked for it.
 pub(super) type Attached = (Arc<Drive>, String);
 
-/// All of them.
-pub(super) fn attached(config: &MachineConfig, drives: &[Arc<Drive>]) -> Vec<Attached> {
+/// All of them, in the order of the disks.
+pub(super) fn attached(
+    config: &MachineConfig,
+    drives: &[Arc<Drive>],
+) -> Result<Vec<Attached>, Error> {
     let disks = config.disks.iter();
-    disks
-        .filter_map(|disk| Some((Arc::clone(drives.get(disk.drive)?), disk.option.clone())))
-        .collect()
+    let found = disks.map(|disk| {
+        let name = config.disk_of(disk.drive);
+        let mut its = drives
+            .iter()
+            .filter(|drive| drive.disk() == name.as_deref());
+        let drive = its.next();
+        let drive =
+            drive.ok_or_else(|| Error::State(format!("no drive for slot {}", disk.slot)))?;
+        Ok((Arc::clone(drive), disk.option.clone()))
+    });
+    found.collect()
 }
 
 /// Locks the images of a machine that is being built.
@@ -123,15 +131,26 @@ pub(super) fn claim(attached: &[Attached]) -> Result<(), Error> {
     claimed.inspect_err(|_| attached.iter().for_each(|(drive, _)| drive.release()))
 }
 
-/// Unlocks the images of a guest at rest; with `flush`, after what was written has reached them.
+/// Unlocks the images of a guest at rest; with `flush`, after what was written has reached all of
+/// them, or none is unlocked.
 pub(super) fn release(attached: &[Attached], flush: bool) -> Result<(), Error> {
-    for (drive, _) in attached.iter().filter(|_| flush) {
-        let what = format!("Flushing disk '{}'", drive.id());
-        let flushed = drive.flush();
-        flushed.map_err(|source| Error::System { what, source })?;
+    if flush {
+        self::flush(attached)?;
     }
     attached.iter().for_each(|(drive, _)| drive.release());
     Ok(())
+}
+
+/// What was written reaches the images. One that fails does not keep the others from it.
+fn flush(attached: &[Attached]) -> Result<(), Error> {
+    let mut result = Ok(());
+    // Of a drive that was taken out there is nothing left to be flushed.
+    for (drive, _) in attached.iter().filter(|(drive, _)| !drive.is_deleted()) {
+        let what = format!("Flushing disk '{}'", drive.id());
+        let flushed = drive.flush();
+        result = result.and(flushed.map_err(|source| Error::System { what, source }));
+    }
+    result
 }
 
 fn open(drive: &DriveConfig) -> Result<Box<dyn Backend>, String> {

@@ -4,9 +4,10 @@ use std::sync::{Arc, PoisonError, RwLockReadGuard, RwLockWriteGuard};
 
 use super::{Machine, disks};
 use crate::block::{Backend, Drive, SECTOR};
-use crate::config::DriveConfig;
+use crate::config::{DriveConfig, MachineConfig};
 use crate::errno::Errno;
 use crate::vm::guest::Error;
+use crate::vm::run_state::RunState;
 
 impl Machine {
     /// All drives, in the order they were given.
@@ -37,15 +38,26 @@ impl Machine {
         Ok(())
     }
 
-    /// Takes over drives that another machine had and this one has not, and bitmaps of the others.
-    pub fn adopt_drives(&self, other: &Self) {
-        for drive in other.all_drives() {
-            match self.drive(drive.id()) {
-                Some(own) => own.adopt(&drive),
-                None if drive.disk().is_none() => self.write_drives().push(drive),
-                None => {}
-            }
-        }
+    /// The drives for another machine of that configuration, which takes the place of this one.
+    /// Images that disks use are opened anew: they may be other files now.
+    ///
+    /// # Errors
+    /// One can not be opened.
+    pub fn reopen_drives(&self, config: &MachineConfig) -> Result<Vec<Arc<Drive>>, Error> {
+        let reopened = self.all_drives().into_iter().map(|drive| {
+            let of_same_disk = |index: &usize| {
+                drive.disk().is_some() && config.disk_of(*index).as_deref() == drive.disk()
+            };
+            let found = (0..config.drives.len()).find(of_same_disk);
+            let Some(index) = found.filter(|_| !drive.is_deleted()) else {
+                return Ok(drive);
+            };
+            let anew = disks::open_drive(&config.drives[index], config.disk_of(index));
+            let anew = anew.map_err(Error::State)?;
+            anew.adopt(&drive);
+            Ok(anew)
+        });
+        reopened.collect()
     }
 
     /// Takes a drive's image out. The disk that uses it stays, and fails.
@@ -72,17 +84,9 @@ impl Machine {
         if drive.is_read_only() {
             return Err(Error::State("Image is read-only".to_owned()));
         }
-        // Nothing is locked for a drive without a disk, unless by us now.
-        let is_unused = drive.disk().is_none();
-        if is_unused {
-            drive
-                .claim()
-                .map_err(|error| Error::State(error.to_string()))?;
-        }
-        let resized = drive.resize(len.next_multiple_of(SECTOR));
-        if is_unused {
-            drive.release();
-        }
+        self.check_at_home(&drive)?;
+        let resized = drive.as_owner(|| drive.resize(len.next_multiple_of(SECTOR)));
+        let resized = resized.map_err(|error| Error::State(error.to_string()))?;
         resized.map_err(|error| Error::State(format!("Failed to resize: {}", Errno(&error))))?;
         let users = self.attached.iter().zip(&self.bus.disks);
         for (_, disk) in users.filter(|((other, _), _)| Arc::ptr_eq(other, &drive)) {
@@ -98,14 +102,9 @@ impl Machine {
     pub fn commit_drive(&self, id: &str) -> Result<(), Error> {
         let drive = self.idle_drive(id, |id| format!("Device '{id}' not found"))?;
         let failed = |why: String| Error::State(format!("'commit' error for '{id}': {why}"));
-        let is_unused = drive.disk().is_none();
-        if is_unused {
-            drive.claim().map_err(|error| failed(error.line()))?;
-        }
-        let done = drive.commit();
-        if is_unused {
-            drive.release();
-        }
+        self.check_at_home(&drive)?;
+        let done = drive.as_owner(|| drive.commit());
+        let done = done.map_err(|error| failed(error.line()))?;
         done.map_err(|error| failed(Errno(&error).to_string()))
     }
 
@@ -119,6 +118,18 @@ impl Machine {
             )));
         }
         Ok(drive)
+    }
+
+    /// An image that a disk uses is not ours while the guest is not here.
+    fn check_at_home(&self, drive: &Drive) -> Result<(), Error> {
+        let why = match self.current_run_state() {
+            _ if drive.disk().is_none() => return Ok(()),
+            RunState::InMigrate => "Guest is waiting for an incoming migration",
+            RunState::FinishMigrate => "The guest is being handed over",
+            RunState::PostMigrate => "The guest is elsewhere",
+            _ => return Ok(()),
+        };
+        Err(Error::State(why.to_owned()))
     }
 
     fn read_drives(&self) -> RwLockReadGuard<'_, Vec<Arc<Drive>>> {

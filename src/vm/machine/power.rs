@@ -25,6 +25,9 @@ impl Machine {
         match self.current_run_state() {
             RunState::InMigrate => refused("Guest is waiting for an incoming migration"),
             RunState::FinishMigrate => refused("The guest is being handed over"),
+            RunState::SaveVm | RunState::RestoreVm => {
+                refused("A snapshot is being taken or loaded")
+            }
             _ => self.reset_locked(),
         }
     }
