@@ -13,7 +13,7 @@ use common::poll;
 use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
 use common::vmm::{Program, Setup, Vmm, have};
 use hmpsh::cli::Request;
-use hmpsh::control::{Control, MigrateOptions, Shared};
+use hmpsh::control::{Control, Error, MigrateOptions, Shared};
 use hmpsh::poll::Poll;
 
 /// A guest with two qcow2 disks, of which it lives on the first.
@@ -58,6 +58,27 @@ impl Place {
             .setup_on(program, &drive("d0", "used"))
             .args(&["-drive", &drive("d1", "spare")])
             .args(&["-device", "virtio-blk-device,drive=d1"])
+    }
+
+    /// The program without its mouths, and the built-in guest.
+    fn control(&self) -> Shared {
+        let drive = |id: &str, name: &str| {
+            let file = self.path(name);
+            format!("if=none,id={id},file={file},format=qcow2")
+        };
+        let (used, spare) = (drive("d0", "used"), drive("d1", "spare"));
+        let serial = format!("file:{}", self.path("serial"));
+        let args = "-M microvm,accel=kvm -m 16 -append disk=1 -display none -device \
+                    virtio-blk-device,drive=d0";
+        let mut args: Vec<_> = args.split_whitespace().collect();
+        args.extend(["-serial", &serial, "-drive", &used, "-drive", &spare]);
+        let Request::Run(config) = hmpsh::cli::parse(args.iter().map(Into::into)).unwrap() else {
+            panic!("{args:?}");
+        };
+        let poll = Poll::new().unwrap();
+        let open = |config| hmpsh::chardev::open(config, &poll, &|| false).unwrap();
+        let chardevs = config.chardevs.iter().map(open).collect();
+        Control::new(*config, poll.clone(), chardevs, Default::default()).unwrap()
     }
 
     #[track_caller]
@@ -393,25 +414,7 @@ fn two_monitors_do_not_meet() {
         return;
     }
     let place = Place::new();
-    let serial = place.path("serial");
-    let control = control(&[
-        "-M",
-        "microvm,accel=kvm",
-        "-m",
-        "16",
-        "-append",
-        "disk=1",
-        "-display",
-        "none",
-        "-serial",
-        &format!("file:{serial}"),
-        "-drive",
-        &format!("if=none,id=d0,file={},format=qcow2", place.path("used")),
-        "-device",
-        "virtio-blk-device,drive=d0",
-        "-drive",
-        &format!("if=none,id=d1,file={},format=qcow2", place.path("spare")),
-    ]);
+    let control = place.control();
     control.launch().unwrap();
     control.save_snapshot(Some("a")).unwrap();
     let is_over = AtomicBool::new(false);
@@ -452,7 +455,7 @@ fn two_monitors_do_not_meet() {
     assert!(ended.is_some());
     control.cont(false).unwrap();
     assert_eq!(control.run_state().name(), "running");
-    let said = || std::fs::read_to_string(&serial).unwrap();
+    let said = || std::fs::read_to_string(place.path("serial")).unwrap();
     let before = said().len();
     let goes_on = poll(PATIENCE, || (said().len() > before + 200).then_some(()));
     assert!(goes_on.is_some() && !said().contains("FAULT"), "{}", said());
@@ -462,18 +465,46 @@ fn two_monitors_do_not_meet() {
     place.is_clean();
 }
 
-/// The program without its mouths.
-fn control(args: &[&str]) -> Shared {
-    let Request::Run(config) = hmpsh::cli::parse(args.iter().map(Into::into)).unwrap() else {
-        panic!("{args:?}");
-    };
-    let poll = Poll::new().unwrap();
-    let chardevs = config.chardevs.iter().map(|config| {
-        let opened = hmpsh::chardev::open(config, &poll, &|| false);
-        opened.unwrap()
-    });
-    let chardevs = chardevs.collect();
-    Control::new(*config, poll, chardevs, Default::default()).unwrap()
+/// The program ends at any time while one is taken or loaded.
+#[test]
+fn none_is_left_in_part() {
+    if !require(&[Need::Kvm, Need::QemuImg]) {
+        return;
+    }
+    let place = Place::new();
+    let mut given_up = 0;
+    for millis in [0, 1, 2, 3, 5, 8, 13, 21, 34, 55] {
+        let control = place.control();
+        control.launch().unwrap();
+        let first = control.save_snapshot(Some("first"));
+        first.unwrap();
+        std::thread::scope(|scope| {
+            let answers = scope.spawn(|| {
+                let work = || [control.load_snapshot("first"), control.save_snapshot(None)];
+                let answers = work().into_iter().chain(work()).chain(work());
+                answers.filter_map(Result::err).collect::<Vec<_>>()
+            });
+            std::thread::sleep(Duration::from_millis(millis));
+            control.quit();
+            control.shut_down();
+            let errors = answers.join().unwrap();
+            let is_end = |error: &Error| error.0.ends_with("The program is about to end");
+            assert!(errors.iter().all(is_end), "{errors:?}");
+            given_up += usize::from(!errors.is_empty());
+        });
+        drop(control);
+        place.is_clean();
+        let names = |name| {
+            let listed = place.img(&["snapshot", "-l"], &[name]);
+            let tags = listed
+                .lines()
+                .filter_map(|line| line.split_whitespace().nth(1));
+            tags.map(str::to_owned).collect::<Vec<_>>()
+        };
+        assert_eq!(names("used"), names("spare"));
+        assert!(!names("used").contains(&"before-loadvm".to_owned()));
+    }
+    assert!(given_up > 0);
 }
 
 /// Takes all room of a file system but so many KiB.

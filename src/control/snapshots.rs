@@ -158,16 +158,15 @@ impl Control {
 
     /// Keeps another monitor from doing the same, and from changing drives.
     fn alone_with_drives(&self) -> Result<RwLockWriteGuard<'_, ()>, Error> {
-        let alone = match self.drives.try_write() {
-            Ok(alone) => alone,
-            Err(TryLockError::Poisoned(alone)) => alone.into_inner(),
+        if self.is_ending() {
+            return Err(Error::new(ENDING));
+        }
+        match self.drives.try_write() {
+            Ok(alone) => Ok(alone),
+            Err(TryLockError::Poisoned(alone)) => Ok(alone.into_inner()),
             Err(TryLockError::WouldBlock) => {
-                return Err(Error(format!("{UNDER_WAY}, or a drive is being changed")));
+                Err(Error(format!("{UNDER_WAY}, or a drive is being changed")))
             }
-        };
-        match self.is_ending() {
-            true => Err(Error::new(ENDING)),
-            false => Ok(alone),
         }
     }
 
