@@ -293,14 +293,12 @@ impl Control {
         let fresh = self.rebuild_machine(machine.drives())?;
         // The machine that reads it claims the image meanwhile.
         let file = kept_file(drive)?;
-        let played = || -> io::Result<()> {
-            let Some(mut state) = snapshots::vm_state(&file, &snapshot.id())? else {
-                return Err(io::ErrorKind::NotFound.into());
-            };
+        let state = snapshots::vm_state(&file, &snapshot.id()).map_err(io::Error::from);
+        let played = state.and_then(|state| {
+            let mut state = state.ok_or(io::ErrorKind::NotFound)?;
             let go_on = || self.check_ending();
             tape::play(&mut state, &*fresh, &self.settings, self.uuid(), &go_on)
-        };
-        let played = played();
+        });
         played.map_err(|error| Error(format!("Device '{}': {error}", drive.id())))?;
         Ok(fresh)
     }
