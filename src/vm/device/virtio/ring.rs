@@ -103,7 +103,7 @@ impl Ring {
                      {last_avail:#x}: delta {delta:#x}"
                 )));
             }
-            ring.next_used = load(memory, ring.used + 2)?;
+            ring.next_used = load(memory, at(ring.used, 2))?;
             if u32::from(last_avail.wrapping_sub(ring.next_used)) > num {
                 return Err(Broken(format!(
                     "VQ 0 size {num:#x} < last_avail_idx {last_avail:#x} - used_idx {:#x}",
@@ -189,7 +189,7 @@ impl Ring {
     }
 
     fn avail_index(&self, memory: &Memory) -> Result<u16> {
-        load(memory, self.avail.wrapping_add(2))
+        load(memory, at(self.avail, 2))
     }
 
     /// Takes the next request into `chain`; `false` if there is none.
@@ -205,7 +205,7 @@ impl Ring {
             return Ok(false);
         }
         let place = u64::from(u32::from(last) % self.queue.num);
-        let head = load(memory, self.avail + 4 + 2 * place)?;
+        let head = load(memory, at(self.avail, 4 + 2 * place))?;
         self.take(head, memory, chain)?;
         self.queue.last_avail = last.wrapping_add(1);
         Ok(true)
@@ -284,11 +284,15 @@ impl Ring {
     pub(super) fn push(&mut self, memory: &Memory, head: u16, len: u32) -> Result {
         let place = u64::from(u32::from(self.next_used) % self.queue.num);
         let entry = [u32::from(head).to_le(), len.to_le()];
-        let at = GuestAddress(self.used + 4 + 8 * place);
-        memory.write_obj(entry, at).map_err(unmapped)?;
+        let address = GuestAddress(at(self.used, 4 + 8 * place));
+        memory.write_obj(entry, address).map_err(unmapped)?;
         self.next_used = self.next_used.wrapping_add(1);
+        // An index that comes round to what was signalled last says no more what is new since.
+        let since = |signalled| self.next_used.wrapping_sub(signalled) as i16;
+        self.signalled = self.signalled.filter(|signalled| since(*signalled) > 0);
         // The entry is there before the index says so.
-        store(memory, self.used + 2, self.next_used, Ordering::Release)
+        let index = at(self.used, 2);
+        store(memory, index, self.next_used, Ordering::Release)
     }
 
     /// Whether the guest wants an interrupt for what was given back.
@@ -308,7 +312,7 @@ impl Ring {
         let Some(old) = self.signalled.replace(new) else {
             return Ok(true);
         };
-        let event = load(memory, self.avail + 4 + 2 * u64::from(self.queue.num))?;
+        let event = load(memory, at(self.avail, 4 + 2 * u64::from(self.queue.num)))?;
         Ok(new.wrapping_sub(event).wrapping_sub(1) < new.wrapping_sub(old))
     }
 
@@ -324,8 +328,8 @@ impl Ring {
     /// Asks the guest for kicks, and tells whether a request has come meanwhile.
     pub(super) fn want_kicks(&self, memory: &Memory) -> Result<bool> {
         if self.has(EVENT_IDX) {
-            let at = self.used + 4 + 8 * u64::from(self.queue.num);
-            store(memory, at, self.queue.last_avail, Ordering::Relaxed)?;
+            let event = at(self.used, 4 + 8 * u64::from(self.queue.num));
+            store(memory, event, self.queue.last_avail, Ordering::Relaxed)?;
         } else {
             let flags = load(memory, self.used)? & !NO_NOTIFY;
             store(memory, self.used, flags, Ordering::Relaxed)?;
@@ -367,8 +371,8 @@ struct Descriptor {
 
 impl Descriptor {
     fn read(memory: &Memory, table: u64, index: u32) -> Result<Self> {
-        let at = table.wrapping_add(DESCRIPTOR * u64::from(index));
-        let [address, rest]: [u64; 2] = memory.read_obj(GuestAddress(at)).map_err(unmapped)?;
+        let place = GuestAddress(at(table, DESCRIPTOR * u64::from(index)));
+        let [address, rest]: [u64; 2] = memory.read_obj(place).map_err(unmapped)?;
         let rest = u64::from_le(rest);
         Ok(Self {
             address: u64::from_le(address),
@@ -377,6 +381,11 @@ impl Descriptor {
             next: (rest >> 48) as u16,
         })
     }
+}
+
+/// An address so far behind another one, which the guest has chosen: it can be any.
+fn at(base: u64, offset: u64) -> u64 {
+    base.wrapping_add(offset)
 }
 
 fn load(memory: &Memory, at: u64) -> Result<u16> {

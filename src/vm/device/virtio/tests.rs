@@ -4,8 +4,8 @@ mod modern;
 mod worker;
 
 use std::io;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, mpsc};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -94,6 +94,77 @@ fn map() -> Arc<Map> {
     let map = Map::new(block("microvm.ram", 2 << 20), block("pc.bios", 64 << 10)).unwrap();
     Arc::new(map)
 }
+
+/// An image whose requests stay under way until the gate is open, and a moment longer. Clones are
+/// the same image.
+#[derive(Clone, Default)]
+struct Gate(Arc<(Mutex<Passage>, Condvar)>);
+
+#[derive(Default)]
+struct Passage {
+    is_open: bool,
+    under_way: usize,
+}
+
+impl Gate {
+    fn set(&self, is_open: bool) {
+        self.0.0.lock().unwrap().is_open = is_open;
+        self.0.1.notify_all();
+    }
+
+    fn wait(&self, until: impl Fn(&Passage) -> bool) -> MutexGuard<'_, Passage> {
+        let (passage, changed) = &*self.0;
+        let waited =
+            changed.wait_timeout_while(passage.lock().unwrap(), PATIENCE, |now| !until(now));
+        let (passage, timeout) = waited.unwrap();
+        assert!(!timeout.timed_out(), "the gate waits in vain");
+        passage
+    }
+
+    /// Waits until so many requests are under way.
+    fn has(&self, under_way: usize) {
+        drop(self.wait(|now| now.under_way == under_way));
+    }
+
+    fn pass(&self) -> io::Result<()> {
+        self.0.0.lock().unwrap().under_way += 1;
+        self.0.1.notify_all();
+        // Long enough to be worth another thread.
+        std::thread::sleep(Duration::from_micros(300));
+        self.wait(|now| now.is_open).under_way -= 1;
+        Ok(())
+    }
+}
+
+impl Backend for Gate {
+    fn sectors(&self) -> u64 {
+        8
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn read(&self, _: u64, rooms: &mut Vec<In<'_>>) -> io::Result<()> {
+        rooms.iter_mut().for_each(In::zero);
+        self.pass()
+    }
+
+    fn write(&self, _: u64, _: &mut Vec<Out<'_>>) -> io::Result<()> {
+        self.pass()
+    }
+
+    fn zero(&self, _: u64, _: u64, _: bool) -> io::Result<()> {
+        self.pass()
+    }
+
+    fn flush(&self) -> io::Result<()> {
+        self.pass()
+    }
+}
+
+/// Nothing here takes so long.
+const PATIENCE: Duration = Duration::from_secs(10);
 
 struct Bench {
     disk: Arc<Disk>,
@@ -196,8 +267,20 @@ impl Bench {
         self.read(STATUS)
     }
 
+    /// Stops the guest. A disk that does not come to rest is left behind.
+    fn stop(&self) {
+        let (told, has_stopped) = mpsc::channel();
+        let disk = Arc::clone(&self.disk);
+        std::thread::spawn(move || {
+            disk.set_running(false);
+            told.send(())
+        });
+        let stopped = has_stopped.recv_timeout(PATIENCE);
+        assert_eq!(stopped, Ok(()), "the disk does not come to rest");
+    }
+
     fn wait(&self, used: u16) {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + PATIENCE;
         while self.read::<u16>(USED + 2) != used {
             assert!(Instant::now() < end, "the request was not executed");
             std::thread::sleep(Duration::from_millis(1));
@@ -551,6 +634,42 @@ fn a_cache_that_is_switched_off_is_flushed_by_every_write() {
     assert_eq!(flushes(), 0);
 }
 
+/// A ring of 8 entries that agrees on those features; its available ring is at 0x1080, its used ring
+/// at 0x2000.
+fn small_ring(memory: &Memory, features: u64) -> Ring {
+    let mut ring = Ring::new(Queue::new(8, Interface::Legacy));
+    ring.set_features(features);
+    ring.set_address(0x1000);
+    ring.check(memory).unwrap();
+    ring
+}
+
+#[test]
+fn an_index_that_comes_round_to_what_was_signalled_is_signalled_again() {
+    let map = map();
+    let memory = map.memory();
+    let mut ring = small_ring(memory, NOTIFY_ON_EMPTY | EVENT_IDX);
+    // A request at descriptor 0, and everything the available ring names is that.
+    let mut chain = Chain::default();
+    let descriptor = [0x9000u64, 16];
+    memory.write_obj(descriptor, GuestAddress(0x1000)).unwrap();
+    let put = |value: u16, at| memory.write_obj(value, GuestAddress(at)).unwrap();
+    let mut serve = |offered: u16, event: u16| {
+        put(offered, 0x1082);
+        put(event, 0x1084 + 16);
+        assert!(ring.pop(memory, &mut chain).unwrap());
+        ring.push(memory, 0, 0).unwrap();
+        ring.wants_interrupt(memory).unwrap()
+    };
+    assert!(serve(2, 0), "nothing was signalled before");
+    assert!(!serve(3, 0), "the guest has seen that");
+    for index in 3..=u16::MAX {
+        assert!(serve(index, 0), "the ring is empty");
+    }
+    assert!(serve(0, 0) && serve(1, 0));
+    assert!(serve(3, 1), "the next one it has not seen");
+}
+
 /// Takes and executes requests until there are none, as the worker does.
 fn serve(ring: &mut Ring, memory: &Memory, image: &Image) -> std::result::Result<u32, Broken> {
     let (mut chain, mut scratch, mut count) = (Chain::default(), Scratch::default(), 0);
@@ -578,9 +697,7 @@ type Raw = (u64, u32, u16, u16);
 fn broken_by(descriptors: &[Raw]) -> String {
     let map = map();
     let memory = map.memory();
-    let mut ring = Ring::new(Queue::new(8, Interface::Legacy));
-    ring.set_address(0x1000);
-    ring.check(memory).unwrap();
+    let mut ring = small_ring(memory, 0);
     for (index, (address, len, flags, next)) in descriptors.iter().enumerate() {
         let rest = u64::from(*len) | u64::from(*flags) << 32 | u64::from(*next) << 48;
         let at = GuestAddress(0x1000 + 16 * index as u64);

@@ -83,7 +83,7 @@ impl Shared {
     /// Executes the next request; false if there is none, or it is not the time.
     fn serve<'a>(self: &'a Arc<Self>, chain: &mut Chain<'a>, scratch: &mut Scratch<'a>) -> bool {
         let mut core = self.core();
-        match self.take(&mut core, chain) {
+        match unless_it_panics(|| self.take(&mut core, chain)) {
             Ok(true) => {}
             Ok(false) => return false,
             Err(error) => {
@@ -105,16 +105,13 @@ impl Shared {
             self.call(under_way);
         }
         let begin = Instant::now();
-        // An image's metadata can be anything: a request that panics over them must not stay under
-        // way for ever.
-        let executed = catch_unwind(AssertUnwindSafe(|| scratch.execute(chain, &target)));
-        let outcome = executed.unwrap_or_else(|_| Err(Broken("a request panicked".to_owned())));
+        let outcome = unless_it_panics(|| scratch.execute(chain, &target));
         let took = u64::try_from(begin.elapsed().as_nanos()).unwrap_or(u64::MAX);
         self.crew.last.store(took, Ordering::Relaxed);
 
         let mut core = self.core();
-        let given_back = outcome.and_then(|outcome| self.give_back(&mut core, chain.head, outcome));
-        if let Err(error) = given_back {
+        let give_back = |outcome| self.give_back(&mut core, chain.head, outcome);
+        if let Err(error) = unless_it_panics(|| outcome.and_then(give_back)) {
             self.fail(&mut core, &error);
         }
         self.is_done(&mut core);
@@ -147,6 +144,10 @@ impl Shared {
 
     fn give_back(&self, core: &mut Core, head: u16, outcome: Outcome) -> Result<(), Broken> {
         let memory = self.map.memory();
+        // The guest may have put the ring anywhere meanwhile: nothing is written there.
+        if core.is_broken {
+            return Ok(());
+        }
         match outcome {
             Outcome::Answered(len) => {
                 core.ring.push(memory, head, len)?;
@@ -181,4 +182,11 @@ impl Shared {
             log::warn!("virtio-blk: {error}");
         }
     }
+}
+
+/// What `work` returns; a panic is an error. An image's metadata and a ring can be anything: a
+/// request that panics over them must not stay under way for ever.
+fn unless_it_panics<T>(work: impl FnOnce() -> Result<T, Broken>) -> Result<T, Broken> {
+    let result = catch_unwind(AssertUnwindSafe(work));
+    result.unwrap_or_else(|_| Err(Broken("a request panicked".to_owned())))
 }

@@ -52,18 +52,24 @@ impl Bench {
         self.set(0x70, 15);
     }
 
-    /// Executes the request at descriptor 0; its status.
-    fn run_modern(&self) -> u8 {
+    /// Offers the request at descriptor 0; the used index when it is given back.
+    fn offer_modern(&self) -> u16 {
         let index: u16 = self.read(AVAIL + 2);
         self.write(0u16, AVAIL + 4 + 2 * (u64::from(index) % NUM));
         self.write(index.wrapping_add(1), AVAIL + 2);
         self.set(0x50, 0);
-        self.wait_modern(index.wrapping_add(1));
+        index.wrapping_add(1)
+    }
+
+    /// Executes the request at descriptor 0; its status.
+    fn run_modern(&self) -> u8 {
+        let used = self.offer_modern();
+        self.wait_modern(used);
         self.read(STATUS)
     }
 
     fn wait_modern(&self, used: u16) {
-        let end = Instant::now() + Duration::from_secs(10);
+        let end = Instant::now() + PATIENCE;
         while self.read::<u16>(USED + 2) != used {
             assert!(Instant::now() < end, "the request was not executed");
             std::thread::sleep(Duration::from_millis(1));
@@ -284,16 +290,67 @@ fn a_ring_outside_ram_breaks_the_device_and_the_guest_is_told() {
     assert_eq!((bench.get(0x70), bench.get(0x60)), (75, 0));
 }
 
+#[test]
+fn a_ring_that_goes_where_it_can_not_be_under_a_request_stops_nobody() {
+    for (features, avail, used) in [
+        (WANTED, AVAIL, NOWHERE),
+        (WANTED, NOWHERE, USED),
+        (WANTED | EVENT_IDX, NOWHERE, USED),
+    ] {
+        let gate = Gate::default();
+        let bench = bench_with(MODERN, gate.clone());
+        bench.negotiate(features);
+        bench.place(RING, AVAIL, USED);
+        bench.set(0x70, 15);
+        bench.disk.set_running(true);
+        bench.request(4, 0, 0, true);
+        bench.offer_modern();
+        gate.has(1);
+        bench.place(RING, avail, used);
+        gate.set(true);
+        bench.stop();
+        assert!(bench.disk.state().unwrap().is_broken);
+        assert_eq!(bench.read::<u16>(USED + 2), 0, "nothing is given back");
+        bench.disk.set_running(true);
+        bench.set_up_modern();
+        bench.write([0u16; 2], AVAIL);
+        assert_eq!(bench.run_modern(), 0, "a reset heals it");
+    }
+}
+
+/// The last aligned word there is.
+const NOWHERE: u64 = u64::MAX - 3;
+
+/// Writes that put the queue somewhere.
+fn placement() -> impl Strategy<Value = Vec<(u64, u32)>> {
+    let address = || {
+        prop_oneof![
+            prop::sample::select(vec![RING, AVAIL, USED, NOWHERE]),
+            any::<u64>()
+        ]
+    };
+    [address(), address(), address()].prop_map(|places| {
+        let halves = |(part, place)| {
+            let offset = 0x80 + 0x10 * part as u64;
+            [(offset, place as u32), (offset + 4, (place >> 32) as u32)]
+        };
+        let halves = places.into_iter().enumerate().flat_map(halves);
+        halves.chain([(0x44, 1)]).collect()
+    })
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
-    /// Whatever a guest writes into whatever register, there is no panic, and its state is one that
-    /// can be saved and loaded.
+    /// Whatever a guest writes into whatever register, with requests under way or not, there is no
+    /// panic, it can be stopped, and its state is one that can be saved and loaded.
     #[test]
     fn any_guest_is_survived(
         modern in any::<bool>(),
-        writes in prop::collection::vec(
-            (prop_oneof![
+        requests in 0..4,
+        writes in prop::collection::vec(prop_oneof![
+            1 => placement(),
+            6 => (prop_oneof![
                 0u64..0x140,
                 prop::sample::select(vec![
                     0x20u64, 0x24, 0x28, 0x30, 0x38, 0x40, 0x44, 0x44, 0x50, 0x50, 0x70, 0x70,
@@ -301,18 +358,31 @@ proptest! {
                 ])],
              prop_oneof![
                 any::<u32>(), 0u32..32, Just(1u32), Just(0x10_0000u32), Just(RING as u32 >> 12),
-                Just(AVAIL as u32), Just(USED as u32), Just(WANTED as u32)]),
+                Just(AVAIL as u32), Just(USED as u32), Just(WANTED as u32)])
+                .prop_map(|write| vec![write])],
             0..60,
         ),
     ) {
         let interface = if modern { MODERN } else { Interface::Legacy };
-        let bench = bench_with(interface, Image::new(8));
+        let gate = Gate::default();
+        gate.set(true);
+        let bench = bench_with(interface, gate);
+        bench.request(0, 0, 512, true);
+        for _ in 0..requests {
+            bench.offer(0);
+            bench.offer_modern();
+        }
+        if modern {
+            bench.set_up_modern();
+        } else {
+            bench.set_up();
+        }
         bench.disk.set_running(true);
-        for (offset, value) in writes {
+        for (offset, value) in writes.into_iter().flatten() {
             bench.disk.write(offset & !3, 4, value);
             bench.disk.read(offset & !3, 4);
         }
-        bench.disk.set_running(false);
+        bench.stop();
         let state = bench.disk.state().unwrap();
         let bytes = save(&mut DiskSection(state)).unwrap();
         let mut again = DiskSection(bench.disk.reset_state());

@@ -1,7 +1,5 @@
 //! Several requests at once, and requests that fail.
 
-use std::sync::{Condvar, mpsc};
-
 use super::*;
 use crate::block::{Fault, Memory as Ram};
 use crate::config::OnError;
