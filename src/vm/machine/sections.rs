@@ -86,7 +86,7 @@ impl Guest for Machine {
         for disk in &self.bus.disks {
             sections.push(SavedSection {
                 header: disk_header(disk),
-                ..saved(&mut DiskSection(disk.state()?), 0)?
+                ..saved(&mut DiskSection(disk.state()), 0)?
             });
         }
         Ok(sections)

@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::modern::Arrived;
 use super::registers::{self, Register, Registers};
-use super::ring::{Broken, Ring};
+use super::ring::{Broken, Element, Ring};
 use super::section::State;
 use super::worker::Crew;
 use super::{
@@ -78,9 +78,8 @@ pub(super) struct Core {
     config: Vec<u8>,
     pub(super) ring: Ring,
     entries: u32,
-    /// First descriptors of requests that were taken and are still to be executed; the last one is
-    /// the next.
-    pub(super) retries: Vec<u16>,
+    /// Requests that were taken and are still to be executed; the last one is the next.
+    pub(super) retries: Vec<Element>,
     pub(super) is_broken: bool,
     pub(super) is_started: bool,
     pub(super) is_disabled: bool,
@@ -180,28 +179,22 @@ impl Disk {
     }
 
     /// State of a disk whose guest does not run.
-    ///
-    /// # Errors
-    /// A request that is still to be executed is not what it was when it was taken.
-    pub(crate) fn state(&self) -> Result<State, Error> {
+    pub(crate) fn state(&self) -> State {
         let core = self.shared.core();
-        let elements = core.retries.iter().map(|head| {
-            let element = core.ring.element(*head, self.shared.map.memory());
-            element.map_err(|Broken(why)| Error::State(format!("'{}': {why}", self.section())))
-        });
-        Ok(State {
+        State {
             registers: core.registers.clone(),
             isr: lock(&self.shared.line).isr,
             config: core.config.clone(),
             queue: core.ring.queue().clone(),
             entries: core.entries,
-            retries: elements.collect::<Result<_, _>>()?,
+            // As they were taken: the guest may have changed their descriptors since.
+            retries: core.retries.clone(),
             is_broken: core.is_broken,
             is_started: core.is_started,
             is_disabled: core.is_disabled,
             acceptable: acceptable(self.shared.interface, self.shared.offered),
             arrived: Arrived::default(),
-        })
+        }
     }
 
     /// Whether the state goes with what guest memory holds; the text says what does not.
@@ -312,7 +305,7 @@ impl Core {
             config: state.config,
             ring: ring.unwrap_or_else(|| Ring::new(state.queue)),
             entries: state.entries,
-            retries: state.retries.iter().map(|element| element.head).collect(),
+            retries: state.retries,
             is_broken: state.is_broken,
             is_started: state.is_started,
             is_disabled: state.is_disabled,

@@ -42,8 +42,8 @@ pub(super) struct Ring {
 /// A request: what the guest has to say, and where it wants its answer.
 #[derive(Debug, Default)]
 pub(super) struct Chain<'a> {
-    /// Its first descriptor.
-    pub(super) head: u16,
+    /// Where it is, also after it was executed.
+    pub(super) element: Element,
     /// For the device to read.
     pub(super) readable: Vec<Piece<'a>>,
     /// For the device to write.
@@ -213,28 +213,8 @@ impl Ring {
 
     /// Takes the request that begins at descriptor `head` into `chain`.
     pub(super) fn take<'a>(&self, head: u16, memory: &'a Memory, chain: &mut Chain<'a>) -> Result {
-        chain.head = head;
-        chain.readable.clear();
-        chain.writable.clear();
+        chain.clear(head);
         self.walk(head, memory, |descriptor| chain.add(descriptor, memory))
-    }
-
-    /// Where the request that begins at descriptor `head` has its parts.
-    pub(super) fn element(&self, head: u16, memory: &Memory) -> Result<Element> {
-        let mut element = Element {
-            head,
-            readable: Vec::new(),
-            writable: Vec::new(),
-        };
-        self.walk(head, memory, |descriptor| {
-            let part = (descriptor.address, descriptor.len.into());
-            match descriptor.flags & WRITE {
-                0 => element.readable.push(part),
-                _ => element.writable.push(part),
-            }
-            Ok(())
-        })?;
-        Ok(element)
     }
 
     /// Shows the descriptors of a request.
@@ -340,17 +320,27 @@ impl Ring {
 }
 
 impl<'a> Chain<'a> {
+    /// Empty, for the request that begins at descriptor `head`.
+    fn clear(&mut self, head: u16) {
+        self.readable.clear();
+        self.writable.clear();
+        self.element.head = head;
+        self.element.readable.clear();
+        self.element.writable.clear();
+    }
+
     fn add(&mut self, descriptor: &Descriptor, memory: &'a Memory) -> Result {
         if descriptor.len == 0 {
             return Err(broken("virtio: zero sized buffers are not allowed"));
         }
-        let pieces = if descriptor.flags & WRITE != 0 {
-            &mut self.writable
+        let (pieces, parts) = if descriptor.flags & WRITE != 0 {
+            (&mut self.writable, &mut self.element.writable)
         } else if self.writable.is_empty() {
-            &mut self.readable
+            (&mut self.readable, &mut self.element.readable)
         } else {
             return Err(broken("Incorrect order for descriptors"));
         };
+        parts.push((descriptor.address, descriptor.len.into()));
         let (address, len) = (GuestAddress(descriptor.address), descriptor.len as usize);
         for piece in GuestMemoryBackend::get_slices(memory, address, len) {
             pieces.push(piece.map_err(|_| broken("virtio: bogus descriptor or out of resources"))?);

@@ -383,11 +383,11 @@ fn requests_are_executed_and_marked() {
     bench.request(13, 0, 15, false);
     bench.offer(0);
     bench.disk.write(0x50, 4, 0);
-    while !bench.disk.state().unwrap().is_broken {
+    while !bench.disk.state().is_broken {
         std::thread::sleep(Duration::from_millis(1));
     }
     bench.disk.write(0x70, 4, 0);
-    assert!(!bench.disk.state().unwrap().is_broken);
+    assert!(!bench.disk.state().is_broken);
 }
 
 #[test]
@@ -451,7 +451,7 @@ fn a_stopped_guests_requests_wait_and_need_no_kick() {
     bench.wait(1);
     bench.disk.set_running(false);
     bench.offer(0);
-    let state = bench.disk.state().unwrap();
+    let state = bench.disk.state();
     assert_eq!(state.queue.last_avail, 1);
     assert_eq!(state.isr, 1);
 
@@ -544,7 +544,7 @@ fn requests_under_way_are_taken_up_again() {
     bench.set_up();
     bench.request(8, 0, 20, true);
     bench.offer(0);
-    let mut state = bench.disk.state().unwrap();
+    let mut state = bench.disk.state();
     state.queue.last_avail = 1;
     let mut bytes = save(&mut DiskSection(state)).unwrap();
     // One element, of which only the index means something here, before the end of the list.
@@ -573,7 +573,7 @@ fn requests_under_way_are_taken_up_again() {
 fn a_ring_that_contradicts_the_section_is_refused() {
     let bench = bench(Image::new(8));
     bench.set_up();
-    let mut state = bench.disk.state().unwrap();
+    let mut state = bench.disk.state();
     state.queue.last_avail = 5;
     assert_eq!(
         bench.disk.check(&state).unwrap_err(),
@@ -626,7 +626,7 @@ fn a_cache_that_is_switched_off_is_flushed_by_every_write() {
     bench.disk.write(0x120, 1, 0);
     assert_eq!(flushes(), 1);
     bench.disk.set_running(false);
-    let state = bench.disk.state().unwrap();
+    let state = bench.disk.state();
     bench.disk.restore(state).unwrap();
     bench.disk.set_running(true);
     assert_eq!(flushes(), 1, "it stays off where the guest goes");
@@ -681,7 +681,7 @@ fn serve(ring: &mut Ring, memory: &Memory, image: &Image) -> std::result::Result
     };
     while ring.pop(memory, &mut chain)? {
         if let Outcome::Answered(len) = scratch.execute(&mut chain, &target)? {
-            ring.push(memory, chain.head, len)?;
+            ring.push(memory, chain.element.head, len)?;
         }
         ring.wants_interrupt(memory)?;
         count += 1;

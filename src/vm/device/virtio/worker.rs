@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use super::disk::{Core, Shared};
 use super::request::{Outcome, Scratch, Target};
-use super::ring::{Broken, Chain};
+use super::ring::{Broken, Chain, Element};
 
 /// A disk's threads.
 #[derive(Default)]
@@ -110,7 +110,7 @@ impl Shared {
         self.crew.last.store(took, Ordering::Relaxed);
 
         let mut core = self.core();
-        let give_back = |outcome| self.give_back(&mut core, chain.head, outcome);
+        let give_back = |outcome| self.give_back(&mut core, &chain.element, outcome);
         if let Err(error) = unless_it_panics(|| outcome.and_then(give_back)) {
             self.fail(&mut core, &error);
         }
@@ -128,7 +128,7 @@ impl Shared {
         // Some drivers kick before they say that they work.
         core.is_started = true;
         core.ring.set_features(core.registers.features);
-        if let Some(head) = core.retries.pop() {
+        if let Some(Element { head, .. }) = core.retries.pop() {
             return core.ring.take(head, memory, chain).map(|()| true);
         }
         core.ring.ignore_kicks(memory)?;
@@ -142,7 +142,12 @@ impl Shared {
         }
     }
 
-    fn give_back(&self, core: &mut Core, head: u16, outcome: Outcome) -> Result<(), Broken> {
+    fn give_back(
+        &self,
+        core: &mut Core,
+        element: &Element,
+        outcome: Outcome,
+    ) -> Result<(), Broken> {
         let memory = self.map.memory();
         // The guest may have put the ring anywhere meanwhile: nothing is written there.
         if core.is_broken {
@@ -150,13 +155,13 @@ impl Shared {
         }
         match outcome {
             Outcome::Answered(len) => {
-                core.ring.push(memory, head, len)?;
+                core.ring.push(memory, element.head, len)?;
                 if core.ring.wants_interrupt(memory)? {
                     self.interrupt();
                 }
             }
             Outcome::Kept(fault) => {
-                core.retries.push(head);
+                core.retries.push(element.clone());
                 // The guest stops later; until then nothing else is executed.
                 core.is_running = false;
                 (self.stop)(fault);

@@ -100,21 +100,21 @@ fn registers_are_qemus() {
     // QEMU shows 0x101: it offers the reset of a queue, without a register for it.
     assert_eq!(bench.get(0x10), 1);
     assert_eq!(bench.get(0x100), 0x800, "the configuration is the same");
-    let state = bench.disk.state().unwrap();
+    let state = bench.disk.state();
     assert_eq!(state.registers.host_features_sel, 1);
 }
 
 #[test]
 fn registers_of_the_other_interface_are_not_there() {
     let modern = modern();
-    let before = modern.disk.state().unwrap();
+    let before = modern.disk.state();
     for offset in [0x28, 0x3c, 0x40] {
         modern.set(offset, 0x1000);
         assert_eq!(modern.get(offset), 0);
     }
-    assert_eq!(modern.disk.state().unwrap(), before);
+    assert_eq!(modern.disk.state(), before);
     let legacy = bench(Image::new(8));
-    let before = legacy.disk.state().unwrap();
+    let before = legacy.disk.state();
     for offset in [0x44, 0x80, 0x84, 0x90, 0x94, 0xa0, 0xa4, 0xfc] {
         legacy.set(offset, 0x1000);
         assert_eq!(legacy.get(offset), 0);
@@ -124,7 +124,7 @@ fn registers_of_the_other_interface_are_not_there() {
     legacy.set(0x24, 1);
     legacy.set(0x20, !0);
     legacy.set(0x70, 11);
-    let after = legacy.disk.state().unwrap();
+    let after = legacy.disk.state();
     assert_eq!(after.registers.features, 0);
     assert_eq!(after.registers.proposal, before.registers.proposal);
 }
@@ -138,7 +138,7 @@ fn features_that_are_not_offered_are_not_agreed_on() {
         let status = bench.negotiate(VERSION_1 | 1 << bit);
         assert_eq!(status, if is_offered { 11 } else { 3 }, "bit {bit}");
         // Who does not look has what is there.
-        let state = bench.disk.state().unwrap();
+        let state = bench.disk.state();
         let agreed = (VERSION_1 | 1 << bit) & OFFERED_MODERN;
         assert_eq!(state.registers.features, agreed);
     }
@@ -148,11 +148,11 @@ fn features_that_are_not_offered_are_not_agreed_on() {
     // Too late.
     bench.set(0x20, 0);
     bench.set(0x70, 15);
-    let state = bench.disk.state().unwrap();
+    let state = bench.disk.state();
     assert_eq!(state.registers.features, WANTED);
     assert!(state.is_started);
     bench.set(0x70, 0);
-    let state = bench.disk.state().unwrap();
+    let state = bench.disk.state();
     assert_eq!((state.registers.features, state.is_started), (0, false));
 
     let read_only = OFFERED_MODERN | RO;
@@ -181,7 +181,7 @@ fn requests_are_executed_with_rings_anywhere() {
 
     // At rest, elsewhere, and on.
     bench.disk.set_running(false);
-    let mut section = DiskSection(bench.disk.state().unwrap());
+    let mut section = DiskSection(bench.disk.state());
     let bytes = save(&mut section).unwrap();
     let mut again = DiskSection(bench.disk.reset_state());
     load(&mut again, 2, &mut &bytes[..]).unwrap();
@@ -211,7 +211,7 @@ fn a_queue_that_is_not_ready_is_left_alone() {
     // Its memory may be anything else's by now.
     bench.disk.set_running(false);
     bench.write([9u16; 2], AVAIL);
-    let state = bench.disk.state().unwrap();
+    let state = bench.disk.state();
     bench.disk.check(&state).unwrap();
     bench.disk.restore(state).unwrap();
     bench.write([0u16, 1], AVAIL);
@@ -235,7 +235,7 @@ fn a_queue_that_is_not_ready_is_left_alone() {
     bench.write([0u16, 1], AVAIL);
     bench.write([0u16, 0], USED);
     bench.set(0x44, 1);
-    assert_eq!(bench.disk.state().unwrap().queue.num, NUM as u32);
+    assert_eq!(bench.disk.state().queue.num, NUM as u32);
     bench.set(0x50, 0);
     bench.wait_modern(1);
 }
@@ -256,7 +256,7 @@ fn a_ring_outside_ram_breaks_the_device_and_the_guest_is_told() {
             assert_eq!((bench.get(0x70), bench.get(0x60)), (status, 3));
             assert_eq!(bench.level.load(Ordering::SeqCst), 1);
             bench.set(0x50, 0);
-            let state = bench.disk.state().unwrap();
+            let state = bench.disk.state();
             assert!(state.is_broken);
             // It is so wherever the guest goes.
             bench.disk.check(&state).unwrap();
@@ -272,7 +272,7 @@ fn a_ring_outside_ram_breaks_the_device_and_the_guest_is_told() {
         let bench = modern();
         bench.negotiate(features);
         bench.place(RING, AVAIL, 0x20_0000 - (4 + 8 * NUM));
-        let state = bench.disk.state().unwrap();
+        let state = bench.disk.state();
         assert_eq!(state.is_broken, is_broken);
         bench.disk.check(&state).unwrap();
     }
@@ -282,7 +282,7 @@ fn a_ring_outside_ram_breaks_the_device_and_the_guest_is_told() {
     bench.place(RING, AVAIL, 0x20_0000 - 256);
     assert_eq!(bench.get(0x70), 15);
     bench.set(0x38, 32);
-    assert!(bench.disk.state().unwrap().is_broken);
+    assert!(bench.disk.state().is_broken);
     // A driver that does not work yet is not interrupted.
     let bench = modern();
     bench.negotiate(WANTED);
@@ -309,7 +309,7 @@ fn a_ring_that_goes_where_it_can_not_be_under_a_request_stops_nobody() {
         bench.place(RING, avail, used);
         gate.set(true);
         bench.stop();
-        assert!(bench.disk.state().unwrap().is_broken);
+        assert!(bench.disk.state().is_broken);
         assert_eq!(bench.read::<u16>(USED + 2), 0, "nothing is given back");
         bench.disk.set_running(true);
         bench.set_up_modern();
@@ -383,7 +383,7 @@ proptest! {
             bench.disk.read(offset & !3, 4);
         }
         bench.stop();
-        let state = bench.disk.state().unwrap();
+        let state = bench.disk.state();
         let bytes = save(&mut DiskSection(state)).unwrap();
         let mut again = DiskSection(bench.disk.reset_state());
         if load(&mut again, 2, &mut &bytes[..]).is_ok() {

@@ -80,7 +80,7 @@ fn the_section_is_qemus() {
     let described = describe(&mut section).unwrap();
     assert_eq!(described["fields"][0]["size"].as_u64(), Some(44249));
 
-    let mut section = DiskSection(driven().disk.state().unwrap());
+    let mut section = DiskSection(driven().disk.state());
     // The bench has not so much memory: what QueueReady and the last status would have done.
     section.0.queue.accept(&section.0.registers.proposal);
     section.0.queue.num = 16;
@@ -148,7 +148,7 @@ fn a_guest_of_qemus_has_agreed_to_more_than_is_shown() {
 fn a_ring_that_can_not_be_is_refused() {
     let bench = modern();
     bench.set_up_modern();
-    let good = bench.disk.state().unwrap();
+    let good = bench.disk.state();
     bench.disk.check(&good).unwrap();
     let refused = |change: &dyn Fn(&mut Queue)| {
         let mut state = good.clone();
@@ -191,7 +191,7 @@ fn a_ring_that_can_not_be_is_refused() {
 fn every_field_of_a_section_is_answered() {
     let bench = modern();
     bench.set_up_modern();
-    let good = save(&mut DiskSection(bench.disk.state().unwrap())).unwrap();
+    let good = save(&mut DiskSection(bench.disk.state())).unwrap();
     // Up to the first ring; a ring more than there is; the slot's registers; the end.
     let fields = [
         0..0xb2,
