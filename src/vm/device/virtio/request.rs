@@ -184,6 +184,10 @@ fn written(result: std::io::Result<()>, target: &Target<'_>) -> Verdict {
 /// The host can not do it.
 fn failed(what: &str, error: &std::io::Error, target: &Target<'_>) -> Verdict {
     log::warn!("virtio-blk {what}: {}", Errno(error));
+    if error.raw_os_error() == Some(libc::ENOMEDIUM) {
+        // The image was taken out and does not come back: the guest would never run again.
+        return Ok(Status::IoError);
+    }
     let fault = Fault::of(error);
     let [on_read, on_write] = target.on_error;
     match (if what == "read" { on_read } else { on_write }, fault) {

@@ -178,12 +178,12 @@ fn bench(image: impl Backend + 'static) -> Bench {
 
 fn bench_with(interface: Interface, image: impl Backend + 'static) -> Bench {
     let stop = Box::new(|_| ());
-    stopping_bench(interface, image, OnError::DEFAULT, stop)
+    stopping_bench(interface, Arc::new(image), OnError::DEFAULT, stop)
 }
 
 fn stopping_bench(
     interface: Interface,
-    image: impl Backend + 'static,
+    image: Arc<dyn Backend>,
     on_error: [OnError; 2],
     stop: Box<dyn Fn(Fault) + Send + Sync>,
 ) -> Bench {
@@ -194,7 +194,7 @@ fn stopping_bench(
         slot: 7,
         interface,
         serial: "four".to_owned(),
-        image: Arc::new(image),
+        image,
         map: Arc::clone(&map),
         irq: Box::new(move |high| line.store(u32::from(high), Ordering::SeqCst)),
         is_writeback: true,

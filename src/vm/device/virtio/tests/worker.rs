@@ -1,7 +1,7 @@
 //! Several requests at once, and requests that fail.
 
 use super::*;
-use crate::block::{Fault, Memory as Ram};
+use crate::block::{Drive, Fault, Memory as Ram};
 use crate::config::OnError;
 
 /// An image whose reads wait for each other: so many must be under way at once.
@@ -78,7 +78,7 @@ fn slow_requests_are_executed_at_once() {
 fn stopping(image: &Ram, on_error: [OnError; 2]) -> (Bench, mpsc::Receiver<Fault>) {
     let (told, faults) = mpsc::channel();
     let stop = Box::new(move |fault| told.send(fault).unwrap_or(()));
-    let bench = stopping_bench(Interface::Legacy, image.clone(), on_error, stop);
+    let bench = stopping_bench(Interface::Legacy, Arc::new(image.clone()), on_error, stop);
     bench.set_up();
     bench.disk.set_running(true);
     (bench, faults)
@@ -112,6 +112,21 @@ fn a_policy_says_what_becomes_of_errors() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn a_drive_that_was_taken_out_stops_no_guest() {
+    let drive = Arc::new(Drive::new("d0".to_owned(), Box::new(Ram::new(4096))));
+    for on_error in [OnError::Stop, OnError::Ignore] {
+        let image = Arc::clone(&drive) as Arc<dyn Backend>;
+        let stop = Box::new(|_| panic!("the guest is stopped"));
+        let bench = stopping_bench(Interface::Legacy, image, [on_error; 2], stop);
+        bench.set_up();
+        bench.disk.set_running(true);
+        drive.delete();
+        bench.request(4, 0, 0, true);
+        assert_eq!(bench.run(), 1);
     }
 }
 
