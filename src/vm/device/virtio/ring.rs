@@ -256,7 +256,7 @@ impl Ring {
     }
 
     /// Whether a request waits.
-    pub(super) fn has_more(&self, memory: &Memory) -> Result<bool> {
+    fn has_more(&self, memory: &Memory) -> Result<bool> {
         Ok(self.avail_index(memory)? != self.queue.last_avail)
     }
 

@@ -267,6 +267,19 @@ impl Bench {
         self.read(STATUS)
     }
 
+    /// Offers the request at descriptor 0 as a driver does that kicks only when it is asked to.
+    fn offer_politely(&self, has_event: bool) {
+        self.offer(0);
+        let new: u16 = self.read(RING + 16 * NUM + 2);
+        let wants = match has_event {
+            true => self.read::<u16>(USED + 4 + 8 * NUM) == new.wrapping_sub(1),
+            false => self.read::<u16>(USED) & 1 == 0,
+        };
+        if wants {
+            self.disk.write(0x50, 4, 0);
+        }
+    }
+
     /// Stops the guest. A disk that does not come to rest is left behind.
     fn stop(&self) {
         let (told, has_stopped) = mpsc::channel();

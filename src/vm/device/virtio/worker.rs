@@ -2,7 +2,8 @@
 //!
 //! All are alike: they wait for a kick, and take requests from the ring until it is empty. There is
 //! one, which serves a disk that answers at once best of all; while requests take longer than
-//! waking somebody does, the others are called, or hired, for what waits in the ring.
+//! waking somebody does, the others are called, or hired, for what waits in the ring, and the guest
+//! is asked for kicks for what comes there.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -99,10 +100,14 @@ impl Shared {
             has_cache: core.has_cache,
             on_error: self.on_error,
         };
-        let is_more = matches!(core.ring.has_more(self.map.memory()), Ok(true));
+        let is_slow = self.crew.last.load(Ordering::Relaxed) > CALL.as_nanos() as u64;
+        // What comes while this one is executed is for others, who have to hear of it.
+        let is_more = is_slow
+            && under_way < THREADS
+            && matches!(core.ring.want_kicks(self.map.memory()), Ok(true));
         drop(core);
-        if is_more && self.crew.last.load(Ordering::Relaxed) > CALL.as_nanos() as u64 {
-            self.call(under_way);
+        if is_slow {
+            self.call(under_way, is_more);
         }
         let begin = Instant::now();
         let outcome = unless_it_panics(|| scratch.execute(chain, &target));
@@ -170,21 +175,25 @@ impl Shared {
         Ok(())
     }
 
-    /// Wakes another thread while so many are at work, or hires one.
-    fn call(self: &Arc<Self>, under_way: usize) {
+    /// While so many threads are at work, sees that there is another one that hears kicks, and wakes
+    /// it if more is to be done already.
+    fn call(self: &Arc<Self>, under_way: usize, is_more: bool) {
         let threads = self
             .crew
             .threads
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .len();
-        if under_way < threads {
-            return self.kick();
+        if under_way >= threads {
+            if threads >= THREADS {
+                return;
+            }
+            if let Err(error) = self.hire() {
+                return log::warn!("virtio-blk: {error}");
+            }
         }
-        if threads < THREADS
-            && let Err(error) = self.hire().map(|()| self.kick())
-        {
-            log::warn!("virtio-blk: {error}");
+        if is_more {
+            self.kick();
         }
     }
 }

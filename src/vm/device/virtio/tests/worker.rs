@@ -74,6 +74,29 @@ fn slow_requests_are_executed_at_once() {
     assert_eq!(state.queue.last_avail, bench.read::<u16>(USED + 2));
 }
 
+#[test]
+fn a_slow_request_keeps_none_waiting_that_comes_later() {
+    for event in [0, EVENT_IDX] {
+        let gate = Gate::default();
+        gate.set(true);
+        let bench = bench(gate.clone());
+        bench.set_up();
+        bench.disk.write(0x20, 4, (FLUSH | event) as u32);
+        bench.disk.set_running(true);
+        bench.request(4, 0, 0, true);
+        // From here on it is known to be slow.
+        assert_eq!(bench.run(), 0);
+        gate.set(false);
+        for under_way in 1..=4 {
+            bench.offer_politely(event != 0);
+            gate.has(under_way);
+        }
+        gate.set(true);
+        bench.wait(5);
+        bench.stop();
+    }
+}
+
 /// A disk whose guest is stopped by what fails.
 fn stopping(image: &Ram, on_error: [OnError; 2]) -> (Bench, mpsc::Receiver<Fault>) {
     let (told, faults) = mpsc::channel();
