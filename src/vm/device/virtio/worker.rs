@@ -3,16 +3,17 @@
 //! All are alike: they wait for a kick, and take requests from the ring until it is empty. There is
 //! one, which serves a disk that answers at once best of all; while requests take longer than
 //! waking somebody does, the others are called, or hired, for what waits in the ring, and the guest
-//! is asked for kicks for what comes there.
+//! is asked for kicks for what comes there. One of them hears kicks: while the disk is fast always the
+//! same, while it is slow the next one each time.
 
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use super::disk::{Core, Shared};
+use super::disk::{Core, Shared, lock};
 use super::request::{Outcome, Scratch, Target};
 use super::ring::{Broken, Chain, Element};
 
@@ -20,9 +21,13 @@ use super::ring::{Broken, Chain, Element};
 #[derive(Default)]
 pub(super) struct Crew {
     threads: Mutex<Vec<JoinHandle<()>>>,
+    /// Who has it hears kicks. (A kick wakes all who read at the time.)
+    turn: Mutex<()>,
     /// Nanoseconds that the last request took.
     last: AtomicU64,
 }
+
+type Turn<'a> = MutexGuard<'a, ()>;
 
 /// Most threads of a disk.
 const THREADS: usize = 16;
@@ -33,11 +38,7 @@ impl Crew {
     /// Waits for the end of all, who must know that they are to end.
     pub(super) fn dismiss(&self) {
         loop {
-            let thread = self
-                .threads
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .pop();
+            let thread = lock(&self.threads).pop();
             match thread.map(JoinHandle::join) {
                 None => return,
                 Some(Ok(())) => {}
@@ -50,11 +51,7 @@ impl Crew {
 impl Shared {
     /// Starts another thread.
     pub(super) fn hire(self: &Arc<Self>) -> io::Result<()> {
-        let mut threads = self
-            .crew
-            .threads
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut threads = lock(&self.crew.threads);
         let its = Arc::clone(self);
         let thread = std::thread::Builder::new()
             .name(format!("disk {}", self.slot))
@@ -67,7 +64,9 @@ impl Shared {
     fn work(self: Arc<Self>) {
         let mut scratch = Scratch::default();
         let mut chain = Chain::default();
+        let mut turn = None;
         loop {
+            turn.get_or_insert_with(|| lock(&self.crew.turn));
             match self.kick.read() {
                 Ok(_) => {}
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
@@ -77,12 +76,18 @@ impl Shared {
                 // The next one.
                 return self.kick();
             }
-            while self.serve(&mut chain, &mut scratch) {}
+            while self.serve(&mut chain, &mut scratch, &mut turn) {}
         }
     }
 
-    /// Executes the next request; false if there is none, or it is not the time.
-    fn serve<'a>(self: &'a Arc<Self>, chain: &mut Chain<'a>, scratch: &mut Scratch<'a>) -> bool {
+    /// Executes the next request; false if there is none, or it is not the time. While the disk is
+    /// slow the turn is the next one's.
+    fn serve<'a>(
+        self: &'a Arc<Self>,
+        chain: &mut Chain<'a>,
+        scratch: &mut Scratch<'a>,
+        turn: &mut Option<Turn<'_>>,
+    ) -> bool {
         let mut core = self.core();
         match unless_it_panics(|| self.take(&mut core, chain)) {
             Ok(true) => {}
@@ -107,6 +112,7 @@ impl Shared {
             && matches!(core.ring.want_kicks(self.map.memory()), Ok(true));
         drop(core);
         if is_slow {
+            *turn = None;
             self.call(under_way, is_more);
         }
         let begin = Instant::now();
@@ -178,12 +184,7 @@ impl Shared {
     /// While so many threads are at work, sees that there is another one that hears kicks, and wakes
     /// it if more is to be done already.
     fn call(self: &Arc<Self>, under_way: usize, is_more: bool) {
-        let threads = self
-            .crew
-            .threads
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .len();
+        let threads = lock(&self.crew.threads).len();
         if under_way >= threads {
             if threads >= THREADS {
                 return;
