@@ -277,6 +277,7 @@ impl Disk {
             Register::InterruptAck => shared.acknowledge(value as u8),
             Register::QueuePfn if value == 0 => shared.reset(),
             Register::Status if value as u8 == 0 => shared.reset(),
+            Register::QueueReady if value == 0 => shared.retire(),
             _ => shared.visit(|core| shared.write(core, register, value)),
         }
     }
@@ -410,7 +411,6 @@ impl Shared {
                 self.check_ring(core);
             }
             Register::QueueAddress(part) if is_queue => registers.proposal.addresses[part] = value,
-            Register::QueueReady if is_queue && value == 0 => core.ring.retire(),
             Register::QueueReady if is_queue => {
                 core.ring.accept(&registers.proposal);
                 self.check_ring(core);
@@ -430,6 +430,15 @@ impl Shared {
     fn reset(&self) {
         self.at_rest(|core| core.reset(self.is_writeback));
         self.acknowledge(!0);
+    }
+
+    /// The guest takes its ring away; what is under way is given back to it first.
+    fn retire(&self) {
+        self.at_rest(|core| {
+            if core.registers.queue_sel == 0 {
+                core.ring.retire();
+            }
+        });
     }
 
     /// A ring that the guest has put somewhere must be RAM.

@@ -318,6 +318,27 @@ fn a_ring_that_goes_where_it_can_not_be_under_a_request_stops_nobody() {
     }
 }
 
+#[test]
+fn a_queue_is_not_taken_away_before_its_requests_are_given_back() {
+    let gate = Gate::default();
+    let bench = bench_with(MODERN, gate.clone());
+    bench.set_up_modern();
+    bench.disk.set_running(true);
+    bench.request(4, 0, 0, true);
+    bench.offer_modern();
+    gate.has(1);
+    let disk = Arc::clone(&bench.disk);
+    let guest = std::thread::spawn(move || {
+        disk.write(0x44, 4, 0);
+        disk.read(0x44, 4)
+    });
+    std::thread::sleep(Duration::from_millis(20));
+    assert!(!guest.is_finished());
+    gate.set(true);
+    assert_eq!(guest.join().unwrap(), 0);
+    assert_eq!(bench.read::<u16>(USED + 2), 1);
+}
+
 /// The last aligned word there is.
 const NOWHERE: u64 = u64::MAX - 3;
 
