@@ -52,3 +52,22 @@ pub(super) fn read(bytes: &[u8], at: u64, size: usize) -> u32 {
     }
     u32::from_le_bytes(word)
 }
+
+/// The length that the guest was shown last, and how often it has become another one: what the
+/// register ConfigGeneration says. It is not on the wire, as QEMU's is not.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Generation {
+    sectors: Option<u64>,
+    number: u32,
+}
+
+impl Generation {
+    /// The generation, now that the disk has so many sectors.
+    pub(super) fn of(&mut self, sectors: u64) -> u32 {
+        let was = self.sectors.replace(sectors);
+        if was.is_some_and(|was| was != sectors) {
+            self.number = self.number.wrapping_add(1);
+        }
+        self.number
+    }
+}

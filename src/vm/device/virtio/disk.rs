@@ -8,6 +8,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use super::config::Generation;
 use super::modern::Arrived;
 use super::registers::{self, Register, Registers};
 use super::ring::{Broken, Element, Ring};
@@ -76,6 +77,7 @@ pub(super) struct Shared {
 pub(super) struct Core {
     pub(super) registers: Registers,
     config: Vec<u8>,
+    generation: Generation,
     pub(super) ring: Ring,
     entries: u32,
     /// Requests that were taken and are still to be executed; the last one is the next.
@@ -168,7 +170,9 @@ impl Disk {
 
     /// The disk's length is another one.
     pub(crate) fn config_changed(&self) {
-        if self.shared.core().is_started {
+        let mut core = self.shared.core();
+        core.generation.of(self.shared.image.sectors());
+        if core.is_started {
             self.shared.raise(USED | CHANGED);
         }
     }
@@ -215,6 +219,7 @@ impl Disk {
         let isr = state.isr;
         self.shared.at_rest(|core| {
             *core = Core {
+                generation: core.generation,
                 is_running: core.is_running,
                 waiting: core.waiting,
                 ..Core::new(state, Some(ring), self.shared.is_writeback)
@@ -232,7 +237,9 @@ impl Disk {
         let shared = &self.shared;
         if let Some(at) = offset.checked_sub(registers::CONFIG) {
             return shared.visit(|core| {
-                core.config = config::bytes(shared.image.sectors(), core.has_cache).to_vec();
+                let sectors = shared.image.sectors();
+                core.generation.of(sectors);
+                core.config = config::bytes(sectors, core.has_cache).to_vec();
                 config::read(&core.config, at, size)
             });
         }
@@ -259,6 +266,9 @@ impl Disk {
                 .visit(|core| core.registers.queue_sel == 0 && core.ring.is_ready())
                 .into(),
             Register::Status => shared.visit(|core| core.registers.status).into(),
+            Register::ConfigGeneration => {
+                shared.visit(|core| core.generation.of(shared.image.sectors()))
+            }
             other => other.of_empty_slot(shared.interface),
         }
     }
@@ -304,6 +314,7 @@ impl Core {
         Self {
             registers: state.registers,
             config: state.config,
+            generation: Generation::default(),
             ring: ring.unwrap_or_else(|| Ring::new(state.queue)),
             entries: state.entries,
             retries: state.retries,

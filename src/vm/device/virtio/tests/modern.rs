@@ -4,6 +4,7 @@ mod section;
 
 use super::super::status;
 use super::*;
+use crate::block::{Drive, Memory as Ram};
 
 const MODERN: Interface = Interface::Modern;
 /// Descriptors where the bench's requests are; the rings elsewhere, and not in their usual order.
@@ -316,6 +317,28 @@ fn a_ring_that_goes_where_it_can_not_be_under_a_request_stops_nobody() {
         bench.write([0u16; 2], AVAIL);
         assert_eq!(bench.run_modern(), 0, "a reset heals it");
     }
+}
+
+#[test]
+fn another_length_is_another_generation() {
+    let image = Arc::new(Drive::new("d0".to_owned(), Box::new(Ram::new(4096))));
+    let stop = Box::new(|_| ());
+    let shared = Arc::clone(&image) as Arc<dyn Backend>;
+    let bench = stopping_bench(MODERN, shared, OnError::DEFAULT, stop);
+    let before = bench.get(0xfc);
+    assert_eq!(bench.get(0x100), 8);
+    assert_eq!(bench.get(0xfc), before);
+    // Between one half of the length and the other, and before anybody is told.
+    image.delete();
+    assert_eq!(bench.get(0x104), 0);
+    let after = bench.get(0xfc);
+    assert_ne!(after, before);
+    bench.disk.config_changed();
+    assert_eq!((bench.get(0x100), bench.get(0xfc)), (0, after));
+    assert_eq!(bench.get(0x60), 0, "no driver works yet");
+    let state = bench.disk.state();
+    bench.disk.restore(state).unwrap();
+    assert_eq!(bench.get(0xfc), after);
 }
 
 #[test]
