@@ -203,19 +203,16 @@ impl Disk {
 
     /// Whether the state goes with what guest memory holds; the text says what does not.
     pub(crate) fn check(&self, state: &State) -> Result<(), String> {
-        self.shared
-            .ring_of(state)
-            .map(|_| ())
-            .map_err(|Broken(why)| why)
+        self.shared.ring_of(state).map(|_| ())
     }
 
     /// Takes that state, of a guest that does not run. Drives the interrupt line even if its
-    /// level does not change.
+    /// level does not change. A ring that is not in memory any more breaks the disk.
     ///
     /// # Errors
     /// As [`Self::check`].
     pub(crate) fn restore(&self, state: State) -> Result<(), String> {
-        let ring = self.shared.ring_of(&state).map_err(|Broken(why)| why)?;
+        let (ring, broken) = self.shared.ring_of(&state)?;
         let isr = state.isr;
         self.shared.at_rest(|core| {
             *core = Core {
@@ -229,6 +226,10 @@ impl Disk {
         line.isr = isr;
         line.is_high = isr != 0;
         (self.shared.irq)(line.is_high);
+        drop(line);
+        if let Some(broken) = broken {
+            self.shared.fail(&mut self.shared.core(), &broken);
+        }
         Ok(())
     }
 
@@ -473,12 +474,19 @@ impl Shared {
         }
     }
 
-    fn ring_of(&self, state: &State) -> Result<Ring, Broken> {
+    /// The ring of that state, and why it is broken if guest memory holds something else there by
+    /// now: a guest that drives no disk may use that for anything. As in QEMU only too many requests
+    /// under way can not be.
+    fn ring_of(&self, state: &State) -> Result<(Ring, Option<Broken>), String> {
+        let mut ring = Ring::new(state.queue.clone());
         if state.is_broken {
-            return Ok(Ring::new(state.queue.clone()));
+            return Ok((ring, None));
         }
-        let features = state.registers.features;
-        Ring::resumed(state.queue.clone(), features, self.map.memory())
+        ring.set_features(state.registers.features);
+        if let Err(broken) = ring.resume(self.map.memory()) {
+            return Ok((ring, Some(broken)));
+        }
+        ring.check_under_way().map(|()| (ring, None))
     }
 
     pub(super) fn kick(&self) {

@@ -86,32 +86,37 @@ impl Ring {
         ring
     }
 
-    /// A ring in the middle of its work, as the memory it lies in says.
-    pub(super) fn resumed(queue: Queue, features: u64, memory: &Memory) -> Result<Self> {
-        let mut ring = Self::new(queue);
-        ring.features = features;
-        if ring.is_set() {
-            ring.check(memory)?;
-            let Queue {
-                num, last_avail, ..
-            } = ring.queue;
-            let guest = ring.avail_index(memory)?;
-            let delta = guest.wrapping_sub(last_avail);
-            if u32::from(delta) > num {
-                return Err(Broken(format!(
-                    "VQ 0 size {num:#x} Guest index {guest:#x} inconsistent with Host index \
-                     {last_avail:#x}: delta {delta:#x}"
-                )));
-            }
-            ring.next_used = load(memory, at(ring.used, 2))?;
-            if u32::from(last_avail.wrapping_sub(ring.next_used)) > num {
-                return Err(Broken(format!(
-                    "VQ 0 size {num:#x} < last_avail_idx {last_avail:#x} - used_idx {:#x}",
-                    ring.next_used
-                )));
-            }
+    /// Goes on in the middle of its work, as the memory it lies in says.
+    pub(super) fn resume(&mut self, memory: &Memory) -> Result {
+        if !self.is_set() {
+            return Ok(());
         }
-        Ok(ring)
+        self.check(memory)?;
+        let Queue {
+            num, last_avail, ..
+        } = self.queue;
+        let guest = self.avail_index(memory)?;
+        let delta = guest.wrapping_sub(last_avail);
+        if u32::from(delta) > num {
+            return Err(Broken(format!(
+                "VQ 0 size {num:#x} Guest index {guest:#x} inconsistent with Host index \
+                 {last_avail:#x}: delta {delta:#x}"
+            )));
+        }
+        self.next_used = load(memory, at(self.used, 2))?;
+        Ok(())
+    }
+
+    /// Whether a ring that goes on has no more requests under way than entries; the text says how
+    /// many.
+    pub(super) fn check_under_way(&self) -> std::result::Result<(), String> {
+        let (num, last, used) = (self.queue.num, self.queue.last_avail, self.next_used);
+        match self.is_set() && u32::from(last.wrapping_sub(used)) > num {
+            true => Err(format!(
+                "VQ 0 size {num:#x} < last_avail_idx {last:#x} - used_idx {used:#x}"
+            )),
+            false => Ok(()),
+        }
     }
 
     /// Where it is.

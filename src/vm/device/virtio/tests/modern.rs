@@ -188,7 +188,9 @@ fn requests_are_executed_with_rings_anywhere() {
     load(&mut again, 2, &mut &bytes[..]).unwrap();
     assert_eq!(again, section);
     let there = modern();
-    there.disk.check(&again.0).unwrap_err();
+    there.disk.check(&again.0).unwrap();
+    there.disk.restore(again.0.clone()).unwrap();
+    assert!(there.disk.state().is_broken, "memory goes with the section");
     bench.set(0x70, 0);
     bench.disk.restore(again.0).unwrap();
     bench.disk.set_running(true);

@@ -145,45 +145,46 @@ fn a_guest_of_qemus_has_agreed_to_more_than_is_shown() {
 }
 
 #[test]
-fn a_ring_that_can_not_be_is_refused() {
+fn a_ring_that_can_not_be_is_broken_or_refused() {
     let bench = modern();
     bench.set_up_modern();
     let good = bench.disk.state();
     bench.disk.check(&good).unwrap();
-    let refused = |change: &dyn Fn(&mut Queue)| {
+    let changed = |change: &dyn Fn(&mut Queue)| {
         let mut state = good.clone();
         change(&mut state.queue);
-        let why = bench.disk.check(&state).unwrap_err();
-        assert_eq!(bench.disk.restore(state).unwrap_err(), why);
-        why
+        state
     };
     fn rings(queue: &mut Queue) -> &mut Rings {
         queue.rings.as_mut().unwrap()
     }
-    assert_eq!(
-        refused(&|queue| queue.desc = 0x1f_ff10),
-        "Cannot map desc ring at 0x1fff10"
-    );
-    assert_eq!(
-        refused(&|queue| rings(queue).avail = u64::MAX),
-        "Cannot map avail ring at 0xffffffffffffffff"
-    );
-    assert_eq!(
-        refused(&|queue| rings(queue).used = 0xfeb0_0000),
-        "Cannot map used ring at 0xfeb00000"
-    );
-    assert!(refused(&|queue| rings(queue).used += 1).contains("Cannot map the ring"));
-    assert_eq!(
-        refused(&|queue| queue.last_avail = 5),
-        "VQ 0 size 0x10 Guest index 0x0 inconsistent with Host index 0x5: delta 0xfffb"
-    );
+    let changes: [&dyn Fn(&mut Queue); 5] = [
+        &|queue| queue.desc = 0x1f_ff10,
+        &|queue| rings(queue).avail = u64::MAX,
+        &|queue| rings(queue).used = 0xfeb0_0000,
+        &|queue| rings(queue).used += 1,
+        &|queue| queue.last_avail = 5,
+    ];
+    for change in changes {
+        let state = changed(change);
+        bench.disk.check(&state).unwrap();
+        bench.disk.restore(state.clone()).unwrap();
+        let broken = bench.disk.state();
+        assert!(broken.is_broken);
+        assert_eq!(broken.queue, state.queue);
+        // The guest is told.
+        let status = 15 | u32::from(status::NEEDS_RESET);
+        assert_eq!((bench.get(0x70), bench.get(0x60)), (status, 3));
+        assert_eq!(bench.level.load(Ordering::SeqCst), 1);
+        bench.disk.restore(good.clone()).unwrap();
+        assert!(!bench.disk.state().is_broken);
+        assert_eq!(bench.level.load(Ordering::SeqCst), 0);
+    }
     bench.write(20u16, AVAIL + 2);
-    assert_eq!(
-        refused(&|queue| queue.last_avail = 18),
-        "VQ 0 size 0x10 < last_avail_idx 0x12 - used_idx 0x0"
-    );
-    bench.write(0u16, AVAIL + 2);
-    bench.disk.check(&good).unwrap();
+    let state = changed(&|queue| queue.last_avail = 18);
+    let why = "VQ 0 size 0x10 < last_avail_idx 0x12 - used_idx 0x0";
+    assert_eq!(bench.disk.check(&state), Err(why.to_owned()));
+    assert_eq!(bench.disk.restore(state), Err(why.to_owned()));
 }
 
 /// Every byte that means something, with every value that might do harm.
