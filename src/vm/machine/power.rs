@@ -133,12 +133,19 @@ impl Machine {
     /// because a request failed; serves that unless somebody has.
     fn serve_report(&self) -> Result<(), Error> {
         let _lifecycle = self.lock_lifecycle();
+        let was_running = self.current_run_state().is_running();
         match self.reports.take() {
             None => Ok(()),
+            // The guest has been stopped for another reason, which stays.
+            Some(Report::IoError) if !was_running => Ok(()),
             Some(Report::Shutdown) if self.reboots.load(Ordering::SeqCst) => self.reset_locked(),
             Some(report) => {
                 self.rest()?;
-                (self.events)(Event::Stop);
+                // What was under way may have failed until now. It must not stop the guest again.
+                self.reports.forget_io_error();
+                if was_running {
+                    (self.events)(Event::Stop);
+                }
                 self.end(report);
                 Ok(())
             }
@@ -263,6 +270,11 @@ impl Reports {
 
     fn take(&self) -> Option<Report> {
         self.lock().take()
+    }
+
+    /// Of a machine at rest: what failed is executed when the guest runs again.
+    fn forget_io_error(&self) {
+        self.lock().take_if(|report| *report == Report::IoError);
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Report>> {

@@ -9,7 +9,7 @@ use crate::vm::boot::specimen::{Class, elf};
 use crate::vm::dirty::DirtySink;
 use crate::vm::guest::Guest;
 use crate::vm::memory::PAGE_SIZE;
-use crate::vm::vcpu::Vcpu;
+use crate::vm::vcpu::{Report, Vcpu};
 
 mod interop;
 mod migration;
@@ -330,6 +330,39 @@ fn a_triple_fault_resets_or_ends_the_machine() {
     bench.wait_for(&Event::Shutdown("guest-reset".to_owned()));
     assert_eq!(bench.machine.run_state(), RunState::Shutdown);
     assert_eq!(bench.wire.text(), "R");
+}
+
+#[test]
+fn an_io_error_stops_a_running_guest_and_no_other() {
+    if !has_kvm() {
+        return;
+    }
+    let bios = image(COUNTER);
+    let bench = Bench::new(&config(bios.path().to_owned()), false);
+    let machine = &bench.machine;
+    let report = || {
+        let itself = Arc::downgrade(machine);
+        power::accept(&machine.reports, Some(&itself), Report::IoError);
+    };
+    let stops = || {
+        let events = bench.events.lock().unwrap();
+        events.iter().filter(|event| **event == Event::Stop).count()
+    };
+    machine.start().unwrap();
+    report();
+    bench.wait_for(&Event::Stop);
+    machine.pause().unwrap();
+    assert_eq!(machine.run_state(), RunState::IoError);
+    for state in [
+        RunState::Shutdown,
+        RunState::InternalError,
+        RunState::FinishMigrate,
+    ] {
+        machine.set_run_state(state);
+        report();
+        std::thread::sleep(Duration::from_millis(50));
+        assert_eq!((machine.run_state(), stops()), (state, 1));
+    }
 }
 
 #[test]
