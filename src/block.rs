@@ -12,6 +12,7 @@ mod open;
 mod probe;
 mod raw;
 pub mod snapshots;
+mod source;
 mod stats;
 mod throttle;
 

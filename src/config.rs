@@ -98,6 +98,8 @@ pub struct DriveConfig {
     pub id: String,
     /// The file or block device.
     pub file: PathBuf,
+    /// From where `file` leads there, if it is relative: the process may go elsewhere.
+    pub directory: PathBuf,
     /// `readonly=on`.
     pub is_read_only: bool,
     /// `format=`; without it the image is looked at.

@@ -33,6 +33,7 @@ fn config(accel: Accel, kind: BackendKind, image: &Path) -> MachineConfig {
         drives: vec![DriveConfig {
             id: "d0".to_owned(),
             file: image.to_owned(),
+            directory: std::path::PathBuf::new(),
             is_read_only: false,
             format: Some(Format::Raw),
             cache: Cache::default(),

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use common::disk::{DiskGuest, goes_on};
-use common::hmp::PATIENCE;
+use common::hmp::{Hmp, PATIENCE};
 use common::need::{Need, require, tool};
 use common::poll;
 use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
@@ -505,6 +505,52 @@ fn none_is_left_in_part() {
         assert!(!names("used").contains(&"before-loadvm".to_owned()));
     }
     assert!(given_up > 0);
+}
+
+/// A daemon goes to `/`, and its images stay where they are.
+#[test]
+fn a_daemon_finds_what_it_was_started_with() {
+    if !have(&[Hmpsh]) || !require(&[Need::QemuImg]) {
+        return;
+    }
+    let place = Place::new();
+    place.img(
+        &["create", "-q", "-f", "qcow2", "-b", "spare", "-F", "qcow2"],
+        &["top"],
+    );
+    let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_hmpsh"));
+    command.args(["-daemonize", "-pidfile", "pid", "-m", "16"]);
+    command.args(["-monitor", "unix:monitor,server=on,wait=off"]);
+    for (id, option) in [("d0", "used"), ("d1", "./top,cache=none")] {
+        let drive = format!("if=none,id={id},file={option},format=qcow2");
+        let device = format!("virtio-blk-device,drive={id}");
+        command.args(["-drive", &drive, "-device", &device]);
+    }
+    let started = command.current_dir(&place.directory).status().unwrap();
+    assert!(started.success());
+    let pid = std::fs::read_to_string(place.path("pid")).unwrap();
+    let process = Path::new("/proc").join(pid.trim());
+    let mut monitor = Hmp::connect(Path::new(&place.path("monitor"))).unwrap();
+    let said = [
+        "savevm one",
+        "block_resize d0 4M",
+        "loadvm one",
+        "savevm two",
+        "delvm one",
+        "commit d1",
+        "info status",
+    ]
+    .map(|line| monitor.command(line));
+    let shown = monitor.command("info block");
+    monitor.send("quit");
+    let ended = poll(PATIENCE, || (!process.exists()).then_some(()));
+    assert!(ended.is_some(), "{} is still there", process.display());
+    assert_eq!(said, ["", "", "", "", "", "", "VM status: running\n"]);
+    assert!(
+        shown.contains(": used (qcow2)") && shown.contains(": ./top (qcow2)"),
+        "{shown}"
+    );
+    place.is_clean();
 }
 
 /// Takes all room of a file system but so many KiB.

@@ -1,6 +1,5 @@
 //! The layers of an image: the file itself, and what its header says is behind it.
 
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -9,6 +8,7 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{FormatAccess, StorageOpenOptions};
 
+use super::source::Source;
 use super::{Layer, OpenError, OpenOptions, probe, snapshots};
 use crate::config::Format;
 
@@ -17,29 +17,32 @@ pub(super) struct Chain {
     pub(super) image: FormatAccess<Storage>,
     /// The image itself first.
     pub(super) layers: Vec<Layer>,
-    /// Files behind it, and their names.
-    pub(super) behind: Vec<(File, String)>,
+    /// Files behind it.
+    pub(super) behind: Vec<Source>,
 }
 
 /// Most layers of an image. (QEMU has no limit but its stack.)
 const DEPTH: usize = 64;
 
-/// Opens `file` as an image of that format, and what is behind it for reading.
+/// Opens `top` as an image of that format, and what is behind it for reading; files that are `known`
+/// are not looked for by their names again.
 ///
 /// # Errors
 /// A layer is not there, can not be opened, or is not of its format.
 pub(super) fn open(
-    file: File,
+    top: &Source,
     format: Format,
     options: &OpenOptions,
+    known: &[Source],
     is_writable: bool,
 ) -> Result<Chain, OpenError> {
     let mut opener = Opener {
-        is_direct: options.is_direct,
+        options,
+        known,
         layers: Vec::new(),
         behind: Vec::new(),
     };
-    let image = opener.open(file, &options.path, format, is_writable)?;
+    let image = opener.open(top, format, is_writable)?;
     Ok(Chain {
         image,
         layers: opener.layers,
@@ -47,36 +50,35 @@ pub(super) fn open(
     })
 }
 
-struct Opener {
-    is_direct: bool,
+struct Opener<'a> {
+    options: &'a OpenOptions,
+    known: &'a [Source],
     layers: Vec<Layer>,
-    behind: Vec<(File, String)>,
+    behind: Vec<Source>,
 }
 
-impl Opener {
+impl Opener<'_> {
     fn open(
         &mut self,
-        file: File,
-        path: &Path,
+        source: &Source,
         format: Format,
         is_writable: bool,
     ) -> Result<FormatAccess<Storage>, OpenError> {
-        let name = path.display().to_string();
+        let name = source.text();
         let failed = |error: io::Error| OpenError::Image {
             path: name.clone(),
             why: error.to_string(),
         };
-        let [file_len, allocated] = probe::lengths(&file);
+        let [file_len, allocated] = probe::lengths(source.file());
         let facts = match format {
             Format::Raw => None,
-            // A file past the cache is not read in small pieces.
-            Format::Qcow2 => snapshots::facts(&probe::open(path, false, false)?).ok(),
+            Format::Qcow2 => snapshots::facts(source.buffered()).ok(),
         };
         let storage = StorageOpenOptions::new()
-            .filename(path)
+            .filename(source.name())
             .write(is_writable)
-            .direct(self.is_direct);
-        let storage = Storage::from_open_file(file, storage).map_err(failed)?;
+            .direct(self.options.is_direct);
+        let storage = Storage::from_open_file(source.descriptor()?, storage).map_err(failed)?;
         let depth = self.layers.len();
         if depth >= DEPTH {
             return Err(failed(io::Error::other("too many layers")));
@@ -104,7 +106,9 @@ impl Opener {
                 let behind = image.implicit_backing_file().cloned();
                 let format = image.implicit_backing_format().cloned();
                 let behind = match behind {
-                    Some(behind) => Some(self.open_behind(path, &behind, format.as_deref())?),
+                    Some(behind) => {
+                        Some(self.open_behind(source.name(), &behind, format.as_deref())?)
+                    }
                     None => None,
                 };
                 image.set_backing(behind);
@@ -124,25 +128,22 @@ impl Opener {
     ) -> Result<FormatAccess<Storage>, OpenError> {
         let inner = |source: OpenError| OpenError::Behind(Box::new(source));
         let place = resolve(path, name).map_err(inner)?;
-        let file = probe::open(&place, false, self.is_direct).map_err(inner)?;
+        let source = match self.known.iter().find(|known| known.name() == place) {
+            Some(known) => known.clone(),
+            None => Source::open(self.options, &place, false).map_err(inner)?,
+        };
         let said = format
             .map(|name| Format::from_name(name).ok_or_else(|| OpenError::Driver(name.to_owned())))
             .transpose()
             .map_err(inner)?;
         let format = match said {
             Some(format) => format,
-            None => probe::format(&place).map_err(inner)?,
+            None => source.format().map_err(inner)?,
         };
         let last = self.layers.len() - 1;
         self.layers[last].behind = Some((name.to_owned(), said));
-        let copy = file.try_clone().map_err(|source| {
-            inner(OpenError::Host {
-                path: name.to_owned(),
-                source,
-            })
-        })?;
-        self.behind.push((copy, place.display().to_string()));
-        self.open(file, &place, format, false).map_err(inner)
+        self.behind.push(source.clone());
+        self.open(&source, format, false).map_err(inner)
     }
 }
 

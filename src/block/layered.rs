@@ -19,6 +19,7 @@ use imago::format::drivers::ShallowMapping;
 
 use super::chain::{self, Chain};
 use super::lock::{self, Use};
+use super::source::Source;
 use super::{Backend, Layer, LockError, OpenError, OpenOptions, SECTOR, probe, snapshots};
 use crate::config::Format;
 use crate::iov::{self, In, Out};
@@ -27,7 +28,9 @@ use crate::iov::{self, In, Out};
 pub(super) struct Layered {
     options: OpenOptions,
     format: Format,
-    file: File,
+    file: Source,
+    /// What was found behind it last. Kept open, so that names matter only at the start.
+    behind: Mutex<Vec<Source>>,
     sectors: AtomicU64,
     layers: Mutex<Vec<Layer>>,
     access: RwLock<Option<Access>>,
@@ -41,7 +44,7 @@ struct Access {
     /// Bytes of such a part.
     table_reach: u64,
     /// What is behind it, for the locks.
-    behind: Vec<(File, String)>,
+    behind: Vec<Source>,
 }
 
 impl Layered {
@@ -50,13 +53,14 @@ impl Layered {
     /// # Errors
     /// It is not there, can not be opened, or is not of that format; the same of what is behind it.
     pub(super) fn open(
-        file: File,
+        file: Source,
         format: Format,
         options: OpenOptions,
     ) -> Result<Self, OpenError> {
         let image = Self {
             format,
             file,
+            behind: Mutex::default(),
             sectors: AtomicU64::new(0),
             layers: Mutex::default(),
             access: RwLock::new(None),
@@ -69,15 +73,13 @@ impl Layered {
 
     /// Reads the metadata of all layers.
     fn read_metadata(&self, is_writable: bool) -> Result<Access, OpenError> {
-        let file = self.file.try_clone().map_err(|source| OpenError::Host {
-            path: self.options.name(),
-            source,
-        })?;
+        let known = self.lock_behind().clone();
         let Chain {
             image,
             layers,
             behind,
-        } = chain::open(file, self.format, &self.options, is_writable)?;
+        } = chain::open(&self.file, self.format, &self.options, &known, is_writable)?;
+        self.lock_behind().clone_from(&behind);
         self.sectors.store(image.size() / SECTOR, Ordering::SeqCst);
         let facts = layers.first().and_then(|top| top.facts);
         let table_reach = facts.map_or(u64::MAX, |facts| facts.cluster_size.pow(2) / 8);
@@ -93,6 +95,10 @@ impl Layered {
 
     fn lock_layers(&self) -> MutexGuard<'_, Vec<Layer>> {
         self.layers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_behind(&self) -> MutexGuard<'_, Vec<Source>> {
+        self.behind.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn read_access(&self) -> RwLockReadGuard<'_, Option<Access>> {
@@ -151,16 +157,13 @@ impl Layered {
         let inspect = |file: &File| Ok(snapshots::inspect(file)?);
         match self.format {
             Format::Raw => Ok(()),
-            Format::Qcow2 => self.on_file(false, inspect).map_err(failed),
+            Format::Qcow2 => self.on_file(inspect).map_err(failed),
         }
     }
 
     /// The file as one that is read in any pieces.
-    fn on_file<T>(&self, writes: bool, act: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
-        match self.options.is_direct {
-            true => act(&probe::open(&self.options.path, writes, false).map_err(io::Error::other)?),
-            false => act(&self.file),
-        }
+    fn on_file<T>(&self, act: impl FnOnce(&File) -> io::Result<T>) -> io::Result<T> {
+        act(self.file.buffered())
     }
 
     fn use_of(&self, is_top: bool) -> Use {
@@ -171,14 +174,20 @@ impl Layered {
     }
 
     /// `file.locking=off` is about the image, not about what is behind it.
-    fn lock(&self, behind: &[(File, String)]) -> Result<(), LockError> {
+    fn lock(&self, behind: &[Source]) -> Result<(), LockError> {
         if self.options.locks {
-            lock::take(&self.file, &self.options.name(), self.use_of(true))?;
+            lock::take(self.file.file(), &self.options.name(), self.use_of(true))?;
         }
-        for (file, name) in behind {
-            lock::take(file, name, self.use_of(false))?;
+        for source in behind {
+            lock::take(source.file(), &source.text(), self.use_of(false))?;
         }
         Ok(())
+    }
+
+    fn unlock(&self) {
+        lock::leave(self.file.file());
+        let behind = self.lock_behind();
+        behind.iter().for_each(|source| lock::leave(source.file()));
     }
 }
 
@@ -190,7 +199,7 @@ impl Backend for Layered {
     fn layers(&self) -> Vec<Layer> {
         let mut layers = self.lock_layers().clone();
         if let Some(top) = layers.first_mut() {
-            [top.file_len, top.allocated] = probe::lengths(&self.file);
+            [top.file_len, top.allocated] = probe::lengths(self.file.file());
         }
         layers
     }
@@ -269,16 +278,21 @@ impl Backend for Layered {
             if let Some(access) = access.as_ref().filter(|access| access.is_writable) {
                 access.image.flush()?;
             }
-            return self.on_file(false, act);
+            return self.on_file(act);
         }
         let own = access.as_ref().filter(|access| access.is_writable);
         own.ok_or_else(not_ours)?.image.flush()?;
-        *access = None;
-        let done = self.on_file(true, act);
-        let anew = self.read_metadata(true).map_err(io::Error::other)?;
-        let locked = self.lock(&anew.behind);
-        *access = Some(anew);
-        done.and(locked.map_err(io::Error::other))
+        let before = access.take();
+        let done = self.on_file(act);
+        // Not earlier: somebody else might get its descriptors meanwhile.
+        drop(before);
+        let again = self.read_metadata(true).map_err(io::Error::other);
+        let again = again.and_then(|anew| {
+            let locked = self.lock(&anew.behind);
+            *access = Some(anew);
+            locked.map_err(io::Error::other)
+        });
+        done.and(again)
     }
 
     fn commit(&self) -> io::Result<()> {
@@ -310,7 +324,7 @@ impl Backend for Layered {
                 Ok(())
             }
             Err(error) => {
-                lock::leave(&self.file);
+                self.unlock();
                 Err(error)
             }
         }
@@ -321,10 +335,10 @@ impl Backend for Layered {
         if let Some(Err(error)) = access.as_ref().map(|access| access.image.flush()) {
             // Kept, for whoever takes it back.
             log::error!("{}: {error}", self.options.name());
-            return lock::leave(&self.file);
+            return self.unlock();
         }
         *access = None;
-        lock::leave(&self.file);
+        self.unlock();
     }
 
     fn settle(&self) -> io::Result<()> {

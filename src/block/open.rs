@@ -4,7 +4,8 @@ use std::io;
 use std::path::PathBuf;
 
 use super::layered::Layered;
-use super::{Backend, Raw, probe};
+use super::source::Source;
+use super::{Backend, Raw};
 use crate::config::Format;
 use crate::errno::Errno;
 
@@ -13,6 +14,8 @@ use crate::errno::Errno;
 pub struct OpenOptions {
     /// The file or block device.
     pub path: PathBuf,
+    /// From where a relative path leads there, now and later; empty: from where the process is.
+    pub directory: PathBuf,
     /// Its format; without it the image is looked at.
     pub format: Option<Format>,
     /// Nothing is to be written.
@@ -73,8 +76,8 @@ pub enum OpenError {
 pub fn open(options: OpenOptions) -> Result<Box<dyn Backend>, OpenError> {
     let is_guessed = options.format.is_none();
     let is_writable = !options.is_read_only;
-    let file = probe::open(&options.path, is_writable, options.is_direct)?;
-    let found = probe::format(&options.path);
+    let source = Source::open(&options, &options.path, is_writable)?;
+    let found = source.format();
     let format = match options.format {
         None => found?,
         Some(Format::Qcow2) if !matches!(found, Ok(Format::Qcow2)) => {
@@ -83,7 +86,9 @@ pub fn open(options: OpenOptions) -> Result<Box<dyn Backend>, OpenError> {
         Some(format) => format,
     };
     Ok(match format {
-        Format::Raw if !options.is_direct => Box::new(Raw::new(file, options, is_guessed)?),
-        _ => Box::new(Layered::open(file, format, options)?),
+        Format::Raw if !options.is_direct => {
+            Box::new(Raw::new(source.descriptor()?, options, is_guessed)?)
+        }
+        _ => Box::new(Layered::open(source, format, options)?),
     })
 }

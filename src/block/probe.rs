@@ -1,29 +1,28 @@
 //! What kind of image a file is.
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
-use super::{OpenError, SECTOR};
+use super::{OpenError, OpenOptions, SECTOR};
 use crate::config::Format;
 
-/// Opens the file or block device of an image; with `is_direct` past the host's cache.
+/// Opens the file or block device of that name: the image that the options are for, or one behind
+/// it.
 ///
 /// # Errors
 /// The host says no, or it is something else.
-pub(super) fn open(path: &Path, writes: bool, is_direct: bool) -> Result<File, OpenError> {
-    let name = || path.display().to_string();
-    let failed = |source| OpenError::Host {
-        path: name(),
-        source,
-    };
+pub(super) fn open(options: &OpenOptions, name: &Path, writes: bool) -> Result<File, OpenError> {
+    let failed = |source| failed(name, source);
+    let path = options.directory.join(name);
     // Before it is opened: opening a pipe would wait.
     let kind = path.metadata().map_err(failed)?.file_type();
     if !kind.is_file() && !kind.is_block_device() {
-        return Err(OpenError::Kind(name()));
+        return Err(OpenError::Kind(name.display().to_string()));
     }
-    let direct = if is_direct { libc::O_DIRECT } else { 0 };
-    OpenOptions::new()
+    let direct = if options.is_direct { libc::O_DIRECT } else { 0 };
+    File::options()
         .read(true)
         .write(writes)
         .custom_flags(direct)
@@ -31,13 +30,26 @@ pub(super) fn open(path: &Path, writes: bool, is_direct: bool) -> Result<File, O
         .map_err(failed)
 }
 
-/// The format of an image of which nobody has said it.
+/// The same file once more, through the host's cache. Not by its name, which may be another's now.
+///
+/// # Errors
+/// The host says no.
+pub(super) fn buffered(file: &File, name: &Path, writes: bool) -> Result<File, OpenError> {
+    let own = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let again = File::options().read(true).write(writes).open(own);
+    again.map_err(|source| failed(name, source))
+}
+
+fn failed(name: &Path, source: std::io::Error) -> OpenError {
+    let path = name.display().to_string();
+    OpenError::Host { path, source }
+}
+
+/// The format of an image of which nobody has said it, in a file that is not past the cache.
 ///
 /// # Errors
 /// It can not be read, or is of a format that is not built.
-pub(super) fn format(path: &Path) -> Result<Format, OpenError> {
-    // Not past the cache, which would want the bytes at a place of its own.
-    let file = open(path, false, false)?;
+pub(super) fn format(file: &File, name: &Path) -> Result<Format, OpenError> {
     let mut head = [0; SECTOR as usize];
     let mut known = 0;
     while known < head.len() {
@@ -45,10 +57,7 @@ pub(super) fn format(path: &Path) -> Result<Format, OpenError> {
             Ok(0) => break,
             Ok(count) => known += count,
             Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(source) => {
-                let path = path.display().to_string();
-                return Err(OpenError::Host { path, source });
-            }
+            Err(source) => return Err(failed(name, source)),
         }
     }
     match mark(&head) {

@@ -242,6 +242,7 @@ mod tests {
     fn options(path: &Path, format: Option<Format>) -> OpenOptions {
         OpenOptions {
             path: path.to_owned(),
+            directory: std::path::PathBuf::new(),
             format,
             is_read_only: false,
             locks: true,

@@ -138,6 +138,8 @@ pub(super) fn drive(draft: &mut Draft, value: &str) -> Answer {
         drive: DriveConfig {
             id: id.unwrap_or(name),
             file: file.into(),
+            // None: so it leads from where the process is.
+            directory: std::env::current_dir().unwrap_or_default(),
             is_read_only,
             format,
             cache,

@@ -20,7 +20,8 @@ impl Layered {
             return Err(super::not_ours());
         };
         // Our own locks on what is behind would keep us from writing there.
-        own.behind.iter().for_each(|(file, _)| lock::leave(file));
+        let behind_it = own.behind.iter();
+        behind_it.for_each(|source| lock::leave(source.file()));
         let moved = self.move_behind(&own.image, behind);
         let emptied = moved.and_then(|()| {
             own.image.discard_to_backing(0, own.image.size())?;

@@ -31,6 +31,7 @@ fn create(directory: &Path, name: &str, len: u64, behind: Option<&str>) -> PathB
 fn options(path: &Path) -> OpenOptions {
     OpenOptions {
         path: path.to_owned(),
+        directory: PathBuf::new(),
         format: Some(Format::Qcow2),
         is_read_only: false,
         locks: true,
@@ -119,6 +120,76 @@ fn a_raw_image_past_the_cache_is_the_same_image() {
     );
     assert_eq!(read(&*image, 1536, 512).unwrap(), [3; 512]);
     assert_eq!(image.is_allocated(0, 512).unwrap(), (true, 512));
+}
+
+/// The image as it would be found if the process ended now.
+fn is_in_order(path: &Path) {
+    let copy = path.with_extension("copy");
+    std::fs::copy(path, &copy).unwrap();
+    snapshots::inspect(&File::open(&copy).unwrap()).unwrap();
+}
+
+fn snapshot(image: &dyn Backend) -> io::Result<()> {
+    let new = snapshots::New {
+        name: "a",
+        seconds: 0,
+        nanoseconds: 0,
+        vm_clock: 0,
+    };
+    image.with_file(true, &mut |file| {
+        snapshots::create(file, &new)?.commit()?;
+        Ok(())
+    })
+}
+
+/// What was opened stays what it is, whatever comes to have its name.
+#[test]
+fn names_matter_only_at_the_start() {
+    for is_direct in [false, true] {
+        let place = tempfile::tempdir_in(".").unwrap();
+        let at = |name: &str| place.path().join(name);
+        std::fs::write(at("base"), vec![9; CHUNK as usize]).unwrap();
+        create(place.path(), "top", 2 * CHUNK, Some("base"));
+        let image = open(OpenOptions {
+            directory: place.path().to_owned(),
+            is_direct,
+            ..options(Path::new("top"))
+        });
+        let image = image.unwrap();
+        image.claim().unwrap();
+        write(&*image, 0, &[1; 512]).unwrap();
+        for name in ["top", "base"] {
+            std::fs::rename(at(name), at(&format!("was-{name}"))).unwrap();
+            std::fs::write(at(name), "another").unwrap();
+        }
+        let is_well = || {
+            assert_eq!(read(&*image, 0, 512).unwrap(), [1; 512]);
+            assert_eq!(read(&*image, 65536, 512).unwrap(), [9; 512]);
+            write(&*image, 512, &[2; 512]).unwrap();
+        };
+        snapshot(&*image).unwrap();
+        is_well();
+        let delete = &mut |file: &File| Ok(snapshots::delete(file, "1")?);
+        image.with_file(true, delete).unwrap();
+        is_well();
+        image.release();
+        image.claim().unwrap();
+        is_well();
+        image.release();
+        for name in ["top", "base"] {
+            assert_eq!(std::fs::read(at(name)).unwrap(), b"another");
+            std::fs::rename(at(&format!("was-{name}")), at(name)).unwrap();
+        }
+        is_in_order(&at("top"));
+        assert!(image.layers()[1].file == "base", "{:?}", image.layers());
+        // Nothing of it is locked any more.
+        let other = open(OpenOptions {
+            format: Some(Format::Raw),
+            ..options(&at("base"))
+        })
+        .unwrap();
+        other.claim().unwrap();
+    }
 }
 
 proptest! {

@@ -156,6 +156,7 @@ fn flush(attached: &[Attached]) -> Result<(), Error> {
 fn open(drive: &DriveConfig) -> Result<Box<dyn Backend>, String> {
     let options = OpenOptions {
         path: drive.file.clone(),
+        directory: drive.directory.clone(),
         format: drive.format,
         is_read_only: drive.is_read_only,
         locks: drive.locks,
