@@ -117,8 +117,10 @@ impl Layered {
     ) -> io::Result<()> {
         match &*self.read_access() {
             Some(access) if access.is_writable => {
-                act(&access.image)?;
-                access.note(offset, len)
+                let done = act(&access.image);
+                // What failed may have got a table before.
+                let noted = access.note(offset, len);
+                done.and(noted)
             }
             _ => Err(not_ours()),
         }
@@ -231,9 +233,10 @@ impl Backend for Layered {
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let discarded = self.with_alone(|image| image.discard_to_any(offset, len));
+        let noted = self.with([offset, len], |_| Ok(()));
         match discarded {
-            Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(()),
-            other => other,
+            Err(error) if error.kind() == io::ErrorKind::Unsupported => noted,
+            other => other.and(noted),
         }
     }
 

@@ -192,6 +192,30 @@ fn names_matter_only_at_the_start() {
     }
 }
 
+/// Every way to a new L2 table has it counted before anything else happens.
+#[test]
+fn a_table_is_counted_however_it_came() {
+    let place = tempfile::tempdir().unwrap();
+    // An L2 table is for 512 MiB.
+    let path = create(place.path(), "top", 4 << 30, None);
+    let [one, two] = [512 << 20, 1 << 30];
+    let file = Source::open(&options(&path), &path, true).unwrap();
+    let image = Layered::open(file, Format::Qcow2, options(&path)).unwrap();
+    image.claim().unwrap();
+    image.discard(one, 65536).unwrap();
+    is_in_order(&path);
+    let failed = image.with([two, 512], |image| {
+        image.write(&[1; 512][..], two)?;
+        Err(io::Error::other("full"))
+    });
+    assert_eq!(failed.unwrap_err().to_string(), "full");
+    is_in_order(&path);
+    // A table that a snapshot has is copied.
+    snapshot(&image).unwrap();
+    image.discard(one, 65536).unwrap();
+    is_in_order(&path);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
 
