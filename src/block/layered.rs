@@ -257,6 +257,9 @@ impl Backend for Layered {
 
     fn resize(&self, len: u64) -> io::Result<()> {
         self.with_alone(|image| {
+            if self.format == Format::Qcow2 {
+                self.on_file(|file| Ok(snapshots::check_resize(file)?))?;
+            }
             image.resize(len, PreallocateMode::None)?;
             image.flush()
         })?;

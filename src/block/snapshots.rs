@@ -44,6 +44,14 @@ pub fn facts<S: Storage>(file: &S) -> Result<Facts, Error> {
     Ok(Header::read(file)?.facts())
 }
 
+/// The disk may get another size.
+///
+/// # Errors
+/// It may not, or the image is no qcow2 that these functions can handle.
+pub fn check_resize<S: Storage>(file: &S) -> Result<(), Error> {
+    Header::read(file)?.check_resize()
+}
+
 /// Everything that the disk is read and written by is in the file and well: whoever has only
 /// followed it can not be led astray. Only reads.
 ///

@@ -47,7 +47,7 @@ pub enum Error {
         /// The highest count.
         max: u64,
     },
-    /// The snapshot is of another size than the disk, which may not change.
+    /// The disk is to get another size, and snapshots may not know theirs.
     #[error("Can't resize a v2 image which has snapshots")]
     Resize,
     /// The writer of a VM state did not write all of it.

@@ -150,6 +150,15 @@ impl Header {
         }
     }
 
+    /// # Errors
+    /// The disk can not get another size: in a version 2 a snapshot need not know its own.
+    pub(super) fn check_resize(&self) -> Result<(), Error> {
+        match self.version {
+            2 if self.snapshots > 0 => Err(Error::Resize),
+            _ => Ok(()),
+        }
+    }
+
     fn check_features(&self, encryption: u32) -> Result<(), Error> {
         if encryption != 0 {
             return Err(Error::Feature("encryption".to_owned()));

@@ -121,10 +121,6 @@ impl<'f, S: Storage> Image<'f, S> {
             let text = format!("A snapshot's disk size of {}", snapshot.disk_size);
             return Err(Error::Corrupt(text));
         }
-        match self.header.version {
-            // There a snapshot need not know its size.
-            2 => Err(Error::Resize),
-            _ => Ok(()),
-        }
+        self.header.check_resize()
     }
 }
