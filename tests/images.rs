@@ -303,6 +303,14 @@ fn what_makes_no_sense_is_refused() {
         &place.create("f.qcow2", &["-o", &external]),
         "an external data file: not built in this version",
     );
+    for method in ["luks", "aes"] {
+        let name = format!("{method}.qcow2");
+        let encrypted = format!("encrypt.format={method},encrypt.key-secret=s");
+        let secret = ["--object", "secret,id=s,data=abcdefgh", "-o", &encrypted];
+        let why = "Unsupported qcow2 feature(s): encryption";
+        refused(&place.create(&name, &secret), why);
+        refused(&over(&format!("over-{name}"), &name, "qcow2"), why);
+    }
 }
 
 /// One test per line.

@@ -8,8 +8,9 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{FormatAccess, StorageOpenOptions};
 
+use super::snapshots::{self, Error, Facts};
 use super::source::Source;
-use super::{Layer, OpenError, OpenOptions, probe, snapshots};
+use super::{Layer, OpenError, OpenOptions, probe};
 use crate::config::Format;
 
 /// An image with all its layers open.
@@ -72,7 +73,7 @@ impl Opener<'_> {
         let [file_len, allocated] = probe::lengths(source.file());
         let facts = match format {
             Format::Raw => None,
-            Format::Qcow2 => snapshots::facts(source.buffered()).ok(),
+            Format::Qcow2 => facts(source).map_err(failed)?,
         };
         let storage = StorageOpenOptions::new()
             .filename(source.name())
@@ -144,6 +145,15 @@ impl Opener<'_> {
         self.layers[last].behind = Some((name.to_owned(), said));
         self.behind.push(source.clone());
         self.open(&source, format, false).map_err(inner)
+    }
+}
+
+/// What the header says, if that makes sense. If not imago says why, but it takes an encrypted image
+/// for a plain one.
+fn facts(source: &Source) -> io::Result<Option<Facts>> {
+    match snapshots::facts(source.buffered()) {
+        Err(error @ (Error::Encryption | Error::Host { .. })) => Err(error.into()),
+        other => Ok(other.ok()),
     }
 }
 

@@ -24,6 +24,9 @@ pub enum Error {
     /// The image has what these functions can not handle.
     #[error("Unsupported qcow2 feature(s): {0}")]
     Feature(String),
+    /// It is encrypted.
+    #[error("Unsupported qcow2 feature(s): encryption")]
+    Encryption,
     /// The image contradicts itself. Nothing was changed.
     #[error("Image is corrupt: {0}")]
     Corrupt(String),

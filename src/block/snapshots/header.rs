@@ -161,7 +161,7 @@ impl Header {
 
     fn check_features(&self, encryption: u32) -> Result<(), Error> {
         if encryption != 0 {
-            return Err(Error::Feature("encryption".to_owned()));
+            return Err(Error::Encryption);
         }
         let [incompatible, _] = self.features;
         if incompatible & !KNOWN == 0 {
