@@ -412,3 +412,59 @@ fn extra_data_of_others_are_kept() {
     snapshots::delete(&file, "2").unwrap();
     assert_eq!(list(), [theirs]);
 }
+
+/// The L1 table of one snapshot is no other's: as many as there can be would take for ever.
+#[test]
+fn tables_are_no_others() {
+    let file = Memory::new(&minimal(3, 12, 4));
+    create(&file).unwrap();
+    create(&file).unwrap();
+    let good = file.bytes.borrow().clone();
+    let number = |at: usize| u64::from_be_bytes(*good[at..].first_chunk().unwrap()) as usize;
+    let (active, first) = (number(40), number(64));
+    // ID and name have 4 bytes.
+    let second = first + (40 + 24 + 24 + 4usize).next_multiple_of(8);
+    let snapshot_l1 = number(first);
+    assert_eq!(everything(&good), [""; 0]);
+    for (at, table) in [(second, snapshot_l1), (first, active)] {
+        let mut bad = good.clone();
+        bad[at..at + 8].copy_from_slice(&table.to_be_bytes());
+        let file = Memory::new(&bad);
+        let error = snapshots::inspect(&file).unwrap_err().to_string();
+        assert!(error.contains("is in the place of another"), "{error}");
+    }
+    // Nor behind the file's end.
+    let mut bad = good.clone();
+    bad[second..second + 8].copy_from_slice(&(1u64 << 40).to_be_bytes());
+    let error = snapshots::inspect(&Memory::new(&bad)).unwrap_err();
+    assert!(error.to_string().contains("beyond the end of the file"));
+}
+
+/// A small file that says that it has 200 GiB of tables, all zero.
+#[test]
+fn tables_without_anything_take_no_time() {
+    use std::os::unix::fs::FileExt;
+    const BITS: u32 = 21;
+    const TABLES: u64 = 100_000;
+    let image = Qcow2::of(&[]);
+    let file = image.file();
+    let at = |cluster: u64| cluster << BITS;
+    let put = |at: u64, bytes: &[u8]| file.write_all_at(bytes, at).unwrap();
+    let head = minimal(3, 9, 0);
+    put(0, &head[..104]);
+    put(20, &BITS.to_be_bytes());
+    put(24, &[0; 8]);
+    put(36, &(TABLES as u32).to_be_bytes());
+    put(40, &at(3).to_be_bytes());
+    put(48, &at(1).to_be_bytes());
+    put(at(1), &at(2).to_be_bytes());
+    put(at(2), &vec![0xff; TABLES as usize / 8 + 2]);
+    let l1: Vec<u8> = (4..4 + TABLES)
+        .flat_map(|table| at(table).to_be_bytes())
+        .collect();
+    put(at(3), &l1);
+    file.set_len(at(4 + TABLES)).unwrap();
+    let begin = std::time::Instant::now();
+    snapshots::inspect(&file).unwrap();
+    assert!(begin.elapsed().as_secs() < 5, "{:?}", begin.elapsed());
+}

@@ -44,13 +44,19 @@ impl<'f, S: Storage> Image<'f, S> {
             .ok_or_else(|| Error::NotFound(id.to_owned()))
     }
 
+    fn check_l1(&self, offset: u64, entries: u32) -> Result<(), Error> {
+        self.header.check_l1(offset, entries)?;
+        match offset + u64::from(entries) * 8 > self.len {
+            true => Err(Error::Corrupt(format!(
+                "L1 table {offset:#x} beyond the end of the file"
+            ))),
+            false => Ok(()),
+        }
+    }
+
     /// The L1 table that stands there.
     pub(super) fn l1(&self, offset: u64, entries: u32) -> Result<Vec<u64>, Error> {
-        self.header.check_l1(offset, entries)?;
-        if offset + u64::from(entries) * 8 > self.len {
-            let text = format!("L1 table {offset:#x} beyond the end of the file");
-            return Err(Error::Corrupt(text));
-        }
+        self.check_l1(offset, entries)?;
         let mut bytes = vec![0; entries as usize * 8];
         storage::read(self.storage, &mut bytes, offset, "read an L1 table")?;
         Ok(storage::words(&bytes))
@@ -73,19 +79,34 @@ impl<'f, S: Storage> Image<'f, S> {
         let mut refcounts = Refcounts::read(self.storage, &self.header, self.len)?;
         refcounts.check()?;
         refcounts.check_used(0, "The header")?;
-        let active = (self.header.l1, self.header.l1_len);
-        let inactive = self.snapshots.iter();
-        let tables = inactive.map(|snapshot| (snapshot.l1, snapshot.l1_len));
-        for (offset, entries) in tables.chain([active]) {
-            self.header.check_l1(offset, entries)?;
-            for cluster in self.clusters(offset, u64::from(entries) * 8) {
-                refcounts.check_used(cluster, "An L1 table")?;
-            }
+        for cluster in self.l1_clusters()?.into_iter().flatten() {
+            refcounts.check_used(cluster, "An L1 table")?;
         }
         for cluster in self.clusters(self.header.snapshot_table, self.table_len) {
             refcounts.check_used(cluster, "The snapshot table")?;
         }
         Ok(refcounts)
+    }
+
+    /// The clusters of all L1 tables. None is there twice, so that there are not more of them than
+    /// the file has.
+    fn l1_clusters(&self) -> Result<Vec<Range<u64>>, Error> {
+        let inactive = self.snapshots.iter();
+        let inactive = inactive.map(|snapshot| (snapshot.l1, snapshot.l1_len));
+        let mut all = Vec::new();
+        for (offset, entries) in inactive.chain([(self.header.l1, self.header.l1_len)]) {
+            self.check_l1(offset, entries)?;
+            all.push(self.clusters(offset, u64::from(entries) * 8));
+        }
+        all.retain(|clusters| !clusters.is_empty());
+        all.sort_unstable_by_key(|clusters| clusters.start);
+        match all.windows(2).find(|pair| pair[1].start < pair[0].end) {
+            None => Ok(all),
+            Some(pair) => Err(Error::Corrupt(format!(
+                "The L1 table at {:#x} is in the place of another",
+                pair[1].start << self.header.cluster_bits
+            ))),
+        }
     }
 
     /// The snapshot's L1 table, for the disk and behind that for its VM state, after everything in

@@ -4,6 +4,9 @@ use std::fs::File;
 use std::io::{self, ErrorKind, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
+use rustix::fs::{SeekFrom as Position, seek};
+use rustix::io::Errno;
+
 use super::error::{Error, to};
 
 /// Bytes at offsets, with the meaning of the system calls of these names.
@@ -13,6 +16,11 @@ pub trait Storage {
     /// # Errors
     /// Of the host.
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize>;
+
+    /// Whether so many bytes at `offset` are known to be zero without being read.
+    fn is_hole(&self, _offset: u64, _len: u64) -> bool {
+        false
+    }
 
     /// Writes some bytes at `offset`.
     ///
@@ -42,6 +50,14 @@ pub trait Storage {
 impl Storage for File {
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize> {
         FileExt::read_at(self, bytes, offset)
+    }
+
+    fn is_hole(&self, offset: u64, len: u64) -> bool {
+        match seek(self, Position::Data(offset)) {
+            Ok(data) => data >= offset + len,
+            // Nothing but holes up to the end.
+            Err(error) => error == Errno::NXIO,
+        }
     }
 
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize> {
