@@ -468,3 +468,26 @@ fn tables_without_anything_take_no_time() {
     snapshots::inspect(&file).unwrap();
     assert!(begin.elapsed().as_secs() < 5, "{:?}", begin.elapsed());
 }
+
+/// Snapshots have sizes in whole sectors, as QEMU compares them.
+#[test]
+fn a_last_sector_in_part_is_the_disks_own() {
+    // 32 KiB is what an L2 table is for.
+    for size in [10_000u64, (32 << 10) + 100, (64 << 10) + 511] {
+        let mut bytes = minimal(3, 9, 4);
+        bytes[24..32].copy_from_slice(&size.to_be_bytes());
+        bytes[36..40].copy_from_slice(&3u32.to_be_bytes());
+        let file = Memory::new(&bytes);
+        create(&file).unwrap();
+        let list = snapshots::list(&file).unwrap();
+        assert_eq!(list[0].disk_size, size / 512 * 512);
+        snapshots::check(&file, "1").unwrap();
+        snapshots::apply(&file, "1").unwrap();
+        snapshots::check(&file, "1").unwrap();
+        assert_eq!(file.bytes.borrow()[24..32], size.to_be_bytes());
+        // One of ours from earlier has the disk's own size.
+        let table = u64::from_be_bytes(*file.bytes.borrow()[64..].first_chunk().unwrap()) as usize;
+        file.bytes.borrow_mut()[table + 48..table + 56].copy_from_slice(&size.to_be_bytes());
+        snapshots::check(&file, "1").unwrap();
+    }
+}

@@ -109,7 +109,7 @@ pub fn apply<S: Storage>(file: &S, id: &str) -> Result<(), Error> {
     tree::count(&mut change, &disk, 1)?;
     tree::flag(&mut change, &mut disk, 1)?;
     change.activate(&disk)?;
-    change.image.header.size = snapshot.disk_size;
+    change.image.header.size = change.image.disk_size(&snapshot);
     change.publish()
 }
 

@@ -56,7 +56,7 @@ impl<'f, S: Storage> Creation<'f, S> {
             nanoseconds: new.nanoseconds,
             vm_clock: new.vm_clock,
             vm_state_size: 0,
-            disk_size: image.header.size,
+            disk_size: image.header.whole_sectors(),
             icount: None,
             unknown: Vec::new(),
             l1: 0,

@@ -2,6 +2,7 @@
 
 use super::error::Error;
 use super::storage::{self, Storage};
+use crate::block::SECTOR;
 
 /// What the header says, as far as it concerns snapshots. Offsets are in bytes.
 #[derive(Clone, Debug)]
@@ -103,6 +104,11 @@ impl Header {
             bytes.extend(0u64.to_be_bytes());
         }
         storage::write(storage, &bytes, CHANGES_AT, "write the image's header")
+    }
+
+    /// The disk's size without a last sector in part, which is how QEMU takes it.
+    pub(super) fn whole_sectors(&self) -> u64 {
+        self.size / SECTOR * SECTOR
     }
 
     /// Bytes of a cluster.

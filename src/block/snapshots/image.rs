@@ -127,15 +127,23 @@ impl<'f, S: Storage> Image<'f, S> {
         snapshot: &Snapshot,
         mut l1: Vec<u64>,
     ) -> Result<(Vec<u64>, Vec<u64>), Error> {
-        let disk = self.header.l1_entries(snapshot.disk_size)?;
+        let disk = self.header.l1_entries(self.disk_size(snapshot))?;
         l1.resize(l1.len().max(disk), 0);
         let state = l1.split_off(disk);
         Ok((l1, state))
     }
 
+    /// The size of the snapshot's disk: the disk's own if only that has a last sector in part.
+    pub(super) fn disk_size(&self, snapshot: &Snapshot) -> u64 {
+        match snapshot.disk_size == self.header.whole_sectors() {
+            true => self.header.size,
+            false => snapshot.disk_size,
+        }
+    }
+
     /// The disk may be made as large as the snapshot's, by QEMU's rules.
     pub(super) fn check_size(&self, snapshot: &Snapshot) -> Result<(), Error> {
-        if snapshot.disk_size == self.header.size {
+        if self.disk_size(snapshot) == self.header.size {
             return Ok(());
         }
         if !snapshot.disk_size.is_multiple_of(SECTOR) {
