@@ -174,7 +174,7 @@ pub struct Cache {
     pub is_writeback: bool,
     /// Past the host's cache.
     pub is_direct: bool,
-    /// Flushes do nothing.
+    /// Flushes go no further than the host.
     pub ignores_flushes: bool,
 }
 

@@ -4,7 +4,7 @@
 use std::collections::BTreeSet;
 use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard};
+use std::sync::{Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use super::bitmap::{self, Bitmap, BitmapError, Bitmaps};
 use super::stats::Stats;
@@ -132,12 +132,35 @@ impl Drive {
         Ok(done)
     }
 
+    /// The image, with no request under way.
+    fn image_alone(&self) -> RwLockWriteGuard<'_, Box<dyn Backend>> {
+        self.image.write().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Changes so many bytes of the image, and notes that.
+    fn change(
+        &self,
+        offset: u64,
+        len: u64,
+        act: impl FnOnce(&dyn Backend) -> io::Result<()>,
+    ) -> io::Result<()> {
+        let image = self.image();
+        // The disk has looked at that; the image may have become shorter while the request waited.
+        if offset.checked_add(len).is_none_or(|end| end > self.len()) && !self.is_deleted() {
+            let text = "the image ends before";
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, text));
+        }
+        let result = act(&**image);
+        self.note(offset, len);
+        result
+    }
+
     /// Takes the image out when nobody uses it any more, and lets others use it. From here on every
     /// request fails, and nobody finds the drive by its name.
     pub fn delete(&self) {
         self.is_deleted.store(true, Ordering::SeqCst);
         self.throttle.set_hurry(true);
-        let mut image = self.image.write().unwrap_or_else(PoisonError::into_inner);
+        let mut image = self.image_alone();
         image.release();
         *image = Box::new(NoMedium);
         self.len.store(0, Ordering::SeqCst);
@@ -319,32 +342,28 @@ impl Backend for Drive {
             return self.zero(offset, len, zeroes == Zeroes::Unmap);
         }
         self.throttle.pass(Way::Write, len);
-        let write = || self.image().write(offset, pieces);
-        let result = self.stats.writes.time(len, write);
-        self.note(offset, len);
-        result
+        let write = || self.change(offset, len, |image| image.write(offset, pieces));
+        self.stats.writes.time(len, write)
     }
 
     fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
         self.throttle.pass(Way::Write, len);
         let may_unmap = may_unmap && self.policy.discards;
-        let zero = || self.image().zero(offset, len, may_unmap);
-        let result = self.stats.writes.time(len, zero);
-        self.note(offset, len);
-        result
+        let zero = || self.change(offset, len, |image| image.zero(offset, len, may_unmap));
+        self.stats.writes.time(len, zero)
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         if !self.policy.discards {
             return Ok(());
         }
-        let result = self.image().discard(offset, len);
-        self.note(offset, len);
-        result
+        self.change(offset, len, |image| image.discard(offset, len))
     }
 
     fn resize(&self, len: u64) -> io::Result<()> {
-        self.image().resize(len)?;
+        // A write under way to what is cut off would make a file longer again.
+        let image = self.image_alone();
+        image.resize(len)?;
         self.set_len(len);
         Ok(())
     }
@@ -376,7 +395,8 @@ impl Backend for Drive {
     fn flush(&self) -> io::Result<()> {
         let is_ignored = self.policy.cache.ignores_flushes;
         self.stats.flushes.time(0, || match is_ignored {
-            true => Ok(()),
+            // It is not on the disk then, but with the host: this process may end.
+            true => self.image().settle(),
             false => self.image().flush(),
         })
     }
@@ -423,7 +443,8 @@ pub const CHUNK: u64 = 1 << 20;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::Memory;
+    use crate::block::{Limits, Memory, OpenOptions, open};
+    use crate::config::Format;
 
     fn drive(len: u64) -> Drive {
         Drive::new("d0".to_owned(), Box::new(Memory::new(len)))
@@ -453,6 +474,44 @@ mod tests {
         drive.stop_log();
         write(0);
         assert_eq!(drive.dirty(), 0);
+    }
+
+    #[test]
+    fn what_waits_while_the_image_becomes_shorter_does_not_make_it_longer() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        file.as_file().set_len(CHUNK).unwrap();
+        let options = OpenOptions {
+            path: file.path().to_owned(),
+            directory: std::path::PathBuf::new(),
+            format: Some(Format::Raw),
+            is_read_only: false,
+            locks: true,
+            is_direct: false,
+        };
+        let drive = Drive::new("d0".to_owned(), open(options).unwrap());
+        drive.claim().unwrap();
+        drive.start_log();
+        let limits = Limits {
+            bytes: [1, 0, 0],
+            ..Limits::default()
+        };
+        drive.throttle().set_limits(limits, "d0");
+        let bytes = [1; 512];
+        let write = |at| drive.write(at, &mut vec![Out::from(&bytes[..])]);
+        // Nobody waits for this one.
+        write(0).unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| write(CHUNK - 512));
+            std::thread::sleep(std::time::Duration::from_millis(20));
+            assert!(!waiting.is_finished());
+            drive.resize(CHUNK / 2).unwrap();
+            drive.throttle().set_limits(Limits::default(), "d0");
+            let error = waiting.join().unwrap().unwrap_err();
+            assert_eq!(error.kind(), io::ErrorKind::InvalidInput);
+        });
+        assert!(drive.zero(CHUNK / 2, 512, false).is_err());
+        assert_eq!(drive.dirty(), 1);
+        assert_eq!(file.path().metadata().unwrap().len(), CHUNK / 2);
     }
 
     #[test]

@@ -5,7 +5,8 @@ use imago::{FormatCreateBuilder, StorageOpenOptions};
 use proptest::prelude::*;
 
 use super::*;
-use crate::block::{CHUNK, open};
+use crate::block::{CHUNK, Drive, Policy, open};
+use crate::config::Cache;
 
 /// A qcow2 of that size in a directory.
 fn create(directory: &Path, name: &str, len: u64, behind: Option<&str>) -> PathBuf {
@@ -237,6 +238,30 @@ fn an_old_image_with_snapshots_keeps_its_size() {
         .with_file(true, &mut |file| Ok(snapshots::delete(file, "1")?))
         .unwrap();
     image.resize(3 * CHUNK).unwrap();
+}
+
+/// With `cache=unsafe` too.
+#[test]
+fn what_a_guest_has_flushed_survives_the_process() {
+    let place = tempfile::tempdir().unwrap();
+    let path = create(place.path(), "a", CHUNK, None);
+    let policy = Policy {
+        cache: Cache {
+            ignores_flushes: true,
+            ..Cache::default()
+        },
+        ..Policy::default()
+    };
+    let drive = Drive::new("d0".to_owned(), open(options(&path)).unwrap()).with_policy(policy);
+    drive.claim().unwrap();
+    for cluster in 0..2 {
+        write(&drive, cluster << 16, &[1; 512]).unwrap();
+    }
+    drive.flush().unwrap();
+    let copy = place.path().join("copy");
+    std::fs::copy(&path, &copy).unwrap();
+    let copy = open(options(&copy)).unwrap();
+    assert_eq!(read(&*copy, 1 << 16, 512).unwrap(), [1; 512]);
 }
 
 proptest! {
