@@ -101,6 +101,13 @@ impl<'a> Out<'a> {
         unsafe { Self::from_raw(self.0.iov_base.cast::<u8>().add(n), self.0.iov_len - n) }
     }
 
+    /// The first `n` bytes of the piece (`n` at most its length).
+    pub fn first(self, n: usize) -> Self {
+        assert!(n <= self.0.iov_len);
+        // SAFETY: the first n bytes of what is readable are readable.
+        unsafe { Self::from_raw(self.0.iov_base.cast::<u8>(), n) }
+    }
+
     /// Appends the piece's bytes to `to` (in-memory channels; sockets use [`write()`]).
     pub fn copy_to(&self, to: &mut Vec<u8>) {
         to.reserve(self.0.iov_len);
@@ -171,6 +178,22 @@ impl<'a> In<'a> {
         // SAFETY: the room is writable for iov_len >= n bytes; `bytes` is a live slice of others.
         unsafe { std::ptr::copy(bytes.as_ptr(), self.0.iov_base.cast::<u8>(), n) };
         n
+    }
+}
+
+/// Drops the first `count` bytes of pieces or rooms, of which `len` and `skip` are the methods.
+pub fn advance<T>(spans: &mut Vec<T>, count: usize, len: fn(&T) -> usize, skip: fn(T, usize) -> T) {
+    let mut rest = count;
+    let is_done = |span: &&T| {
+        let is_done = len(span) <= rest;
+        rest -= if is_done { len(span) } else { 0 };
+        is_done
+    };
+    let done = spans.iter().take_while(is_done).count();
+    spans.drain(..done);
+    if rest > 0 && !spans.is_empty() {
+        let first = spans.remove(0);
+        spans.insert(0, skip(first, rest));
     }
 }
 

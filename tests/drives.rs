@@ -131,6 +131,29 @@ fn a_limit_holds_and_a_stop_does_not_wait_for_it() {
     goes_on(&[&vm]);
 }
 
+/// Its image is not changed from a side that waits for the guest, or has given it away.
+#[test]
+fn only_where_the_guest_is_a_disk_becomes_longer() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let mut source = guest.setup(Hmpsh).start();
+    goes_on(&[&source]);
+    let mut dest = guest.setup(Hmpsh).incoming("tcp:127.0.0.1:0").start();
+    let refused = "Error: Failed to resize: the image belongs to whoever runs the guest\n";
+    assert_eq!(dest.command("block_resize d0 512k"), refused);
+    source.quiet("block_resize d0 2M");
+    source.command(&format!("migrate tcp:127.0.0.1:{}", dest.port()));
+    source.wait_migration("completed");
+    dest.wait_status("running");
+    assert_eq!(source.command("block_resize d0 512k"), refused);
+    assert_eq!(guest.image.as_file().metadata().unwrap().len(), 2 << 20);
+    let said = dest.command("info block -v d0");
+    assert!(said.contains("virtual size: 2 MiB"), "{said}");
+    goes_on(&[&source, &dest]);
+}
+
 #[test]
 fn a_drive_that_is_deleted_fails_and_its_image_is_free() {
     if !have(&[Hmpsh]) {

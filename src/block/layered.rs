@@ -18,7 +18,7 @@ use imago::format::PreallocateMode;
 use imago::format::drivers::ShallowMapping;
 
 use super::chain::{self, Chain};
-use super::lock::{self, Use};
+use super::lock::{self, Use, not_ours};
 use super::source::Source;
 use super::{Backend, Layer, LockError, OpenError, OpenOptions, SECTOR, probe, snapshots};
 use crate::config::Format;
@@ -31,6 +31,8 @@ pub(super) struct Layered {
     file: Source,
     /// What was found behind it last. Kept open, so that names matter only at the start.
     behind: Mutex<Vec<Source>>,
+    /// Nobody has said that it is raw: its guest can not make another format of it.
+    is_guessed: bool,
     sectors: AtomicU64,
     layers: Mutex<Vec<Layer>>,
     access: RwLock<Option<Access>>,
@@ -56,11 +58,13 @@ impl Layered {
         file: Source,
         format: Format,
         options: OpenOptions,
+        is_guessed: bool,
     ) -> Result<Self, OpenError> {
         let image = Self {
             format,
             file,
             behind: Mutex::default(),
+            is_guessed: is_guessed && format == Format::Raw,
             sectors: AtomicU64::new(0),
             layers: Mutex::default(),
             access: RwLock::new(None),
@@ -150,6 +154,25 @@ impl Layered {
         }
     }
 
+    fn write_all(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()> {
+        let len = pieces.iter().map(|piece| piece.len() as u64).sum();
+        self.with([offset, len], |image| {
+            image.writev(iov::as_slices(pieces).into(), offset)?;
+            self.trim(offset + len)
+        })
+    }
+
+    /// After something was written up to `end`. What the host does not take past its cache as it is,
+    /// imago fills up to whole blocks, and a raw image's file is longer then than the image.
+    fn trim(&self, end: u64) -> io::Result<()> {
+        let len = self.sectors() * SECTOR;
+        let is_last = self.format == Format::Raw && len.saturating_sub(end) < MOST_ALIGNED;
+        match is_last && self.file.file().metadata()?.len() > len {
+            true => self.file.file().set_len(len),
+            false => Ok(()),
+        }
+    }
+
     /// imago follows metadata wherever they lead.
     fn inspect(&self) -> Result<(), OpenError> {
         let failed = |error: io::Error| OpenError::Image {
@@ -215,10 +238,10 @@ impl Backend for Layered {
     }
 
     fn write(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()> {
-        let len = pieces.iter().map(|piece| piece.len() as u64).sum();
-        self.with([offset, len], |image| {
-            image.writev(iov::as_slices(pieces).into(), offset)
-        })
+        match self.is_guessed && offset < SECTOR {
+            true => probe::write_head(offset, pieces, |pieces| self.write_all(offset, pieces)),
+            false => self.write_all(offset, pieces),
+        }
     }
 
     fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
@@ -387,9 +410,8 @@ impl Access {
     }
 }
 
-fn not_ours() -> io::Error {
-    io::ErrorKind::PermissionDenied.into()
-}
+/// More than any host wants bytes past its cache to be aligned to.
+const MOST_ALIGNED: u64 = 64 << 10;
 
 #[cfg(test)]
 mod tests;

@@ -100,6 +100,12 @@ pub(super) fn leave(file: &File) {
     );
 }
 
+/// Why nothing is written to an image that is not locked, or need not be, for this process.
+pub(super) fn not_ours() -> io::Error {
+    let text = "the image belongs to whoever runs the guest";
+    io::Error::new(io::ErrorKind::PermissionDenied, text)
+}
+
 fn check(file: &File, path: &str, wanted: Use) -> Result<(), LockError> {
     let held = |lock| LockError::Held {
         lock,

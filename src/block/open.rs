@@ -89,6 +89,6 @@ pub fn open(options: OpenOptions) -> Result<Box<dyn Backend>, OpenError> {
         Format::Raw if !options.is_direct => {
             Box::new(Raw::new(source.descriptor()?, options, is_guessed)?)
         }
-        _ => Box::new(Layered::open(source, format, options)?),
+        _ => Box::new(Layered::open(source, format, options, is_guessed)?),
     })
 }

@@ -1,12 +1,15 @@
 //! What kind of image a file is.
 
 use std::fs::File;
+use std::io;
+use std::iter;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::Path;
 
 use super::{OpenError, OpenOptions, SECTOR};
 use crate::config::Format;
+use crate::iov::{self, Out};
 
 /// Opens the file or block device of that name: the image that the options are for, or one behind
 /// it.
@@ -56,7 +59,7 @@ pub(super) fn format(file: &File, name: &Path) -> Result<Format, OpenError> {
         match file.read_at(&mut head[known..], known as u64) {
             Ok(0) => break,
             Ok(count) => known += count,
-            Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(source) => return Err(failed(name, source)),
         }
     }
@@ -82,6 +85,32 @@ pub(super) fn mark(head: &[u8]) -> Option<&'static str> {
     known.map(|(name, ..)| *name)
 }
 
+/// Writes to the first sector, and what follows, of an image of which nobody has said that it is raw:
+/// the guest can not make another format of it. What is looked at and written is a copy, for a guest
+/// can change its own bytes at any time. `offset` is in the first sector; a disk begins at 0.
+///
+/// # Errors
+/// The sector would bear a mark; those of `write`.
+pub(super) fn write_head(
+    offset: u64,
+    pieces: &mut Vec<Out<'_>>,
+    write: impl FnOnce(&mut Vec<Out<'_>>) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut head = vec![0; offset as usize];
+    for piece in pieces.iter() {
+        let room = SECTOR as usize - head.len();
+        piece.first(piece.len().min(room)).copy_to(&mut head);
+    }
+    if let Some(name) = mark(&head) {
+        let text = format!("the format was guessed to be raw, and this would make it {name}");
+        return Err(io::Error::new(io::ErrorKind::PermissionDenied, text));
+    }
+    let head = &head[offset as usize..];
+    iov::advance(pieces, head.len(), Out::len, Out::skip);
+    let all = iter::once(Out::from(head)).chain(pieces.drain(..));
+    write(&mut all.filter(|piece| piece.len() > 0).collect())
+}
+
 /// Formats, and where their marks stand.
 const MARKS: [(&str, usize, &[u8]); 13] = [
     ("qcow2", 0, b"QFI\xfb"),
@@ -98,3 +127,31 @@ const MARKS: [(&str, usize, &[u8]); 13] = [
     ("bochs", 0, b"Bochs Virtual HD Image"),
     ("cloop", 0, b"#!/bin/sh\n#V2.0 Format\n"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use vm_memory::VolatileSlice;
+
+    use super::*;
+
+    #[test]
+    fn what_is_written_is_what_was_looked_at() {
+        let mut bytes = [7; 1300];
+        let memory = VolatileSlice::from(&mut bytes[..]);
+        let (one, other) = memory.split_at(100).unwrap();
+        let mut pieces = vec![Out::from(&one), Out::from(&other)];
+        write_head(0, &mut pieces, |pieces| {
+            // Another processor of the guest is quick.
+            memory.copy_from(b"QFI\xfb");
+            let mut written = Vec::new();
+            pieces.iter().for_each(|piece| piece.copy_to(&mut written));
+            assert_eq!(written, [7; 1300]);
+            assert_eq!((pieces.len(), pieces[0].len()), (2, SECTOR as usize));
+            Ok(())
+        })
+        .unwrap();
+        let mut pieces = vec![Out::from(&memory)];
+        let error = write_head(0, &mut pieces, |_| panic!("the guest has made a qcow2"));
+        assert_eq!(error.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+    }
+}

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::fs::{FallocateFlags, fallocate};
 
@@ -22,6 +22,8 @@ pub struct Raw {
     len: AtomicU64,
     /// Nobody has said that the image is raw: it was found not to be anything else.
     is_guessed: bool,
+    /// It is ours to change, from [`Backend::claim`] to [`Backend::release`].
+    is_claimed: AtomicBool,
 }
 
 impl Raw {
@@ -31,43 +33,65 @@ impl Raw {
     /// # Errors
     /// Its length can not be found.
     pub(super) fn new(
-        mut file: File,
+        file: File,
         options: OpenOptions,
         is_guessed: bool,
     ) -> Result<Self, OpenError> {
-        let len = file.seek(SeekFrom::End(0));
-        let len = len.map_err(|source| OpenError::Host {
-            path: options.name(),
-            source,
-        })?;
-        Ok(Self {
+        let image = Self {
             file,
             options,
-            len: len.into(),
+            len: AtomicU64::new(0),
             is_guessed,
-        })
+            is_claimed: AtomicBool::new(false),
+        };
+        image.measure()?;
+        Ok(image)
+    }
+
+    /// Finds out how long it is.
+    fn measure(&self) -> Result<(), OpenError> {
+        let len = (&self.file).seek(SeekFrom::End(0));
+        let len = len.map_err(|source| OpenError::Host {
+            path: self.options.name(),
+            source,
+        })?;
+        self.len.store(len, Ordering::SeqCst);
+        Ok(())
+    }
+
+    fn lock(&self) -> Result<(), LockError> {
+        let wanted = Use {
+            writes: !self.options.is_read_only,
+            resizes: false,
+        };
+        match self.options.locks {
+            true => lock::take(&self.file, &self.options.name(), wanted),
+            false => Ok(()),
+        }
     }
 
     fn check_write(&self) -> io::Result<()> {
         if self.options.is_read_only {
             return Err(io::ErrorKind::PermissionDenied.into());
         }
-        Ok(())
+        match self.is_claimed.load(Ordering::Relaxed) {
+            true => Ok(()),
+            false => Err(lock::not_ours()),
+        }
     }
 
-    /// Whether these bytes may be written at the beginning of the image.
-    fn check_head(&self, pieces: &[Out<'_>]) -> io::Result<()> {
-        let mut head = Vec::new();
-        for piece in pieces {
-            if head.len() < SECTOR as usize {
-                piece.copy_to(&mut head);
-            }
+    fn write_all(&self, mut offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()> {
+        while !pieces.is_empty() {
+            let count = match iov::write_at(self.file.as_fd(), pieces, offset) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => return Err(error),
+            };
+            offset += count as u64;
+            iov::advance(pieces, count, Out::len, Out::skip);
         }
-        head.resize(SECTOR as usize, 0);
-        match probe::mark(&head) {
-            None => Ok(()),
-            Some(_) => Err(io::ErrorKind::PermissionDenied.into()),
-        }
+        Ok(())
     }
 }
 
@@ -111,53 +135,17 @@ impl Backend for Raw {
                 Err(error) => return Err(error),
             };
             offset += count as u64;
-            let mut rest = count;
-            let done = rooms
-                .iter()
-                .take_while(|room| {
-                    let fits = room.len() <= rest;
-                    rest -= if fits { room.len() } else { 0 };
-                    fits
-                })
-                .count();
-            rooms.drain(..done);
-            if rest > 0 && !rooms.is_empty() {
-                let room = rooms.remove(0);
-                rooms.insert(0, room.skip(rest));
-            }
+            iov::advance(rooms, count, In::len, In::skip);
         }
         Ok(())
     }
 
     fn write(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()> {
         self.check_write()?;
-        if self.is_guessed && offset < SECTOR {
-            self.check_head(pieces)?;
+        match self.is_guessed && offset < SECTOR {
+            true => probe::write_head(offset, pieces, |pieces| self.write_all(offset, pieces)),
+            false => self.write_all(offset, pieces),
         }
-        let mut offset = offset;
-        while !pieces.is_empty() {
-            let count = match iov::write_at(self.file.as_fd(), pieces, offset) {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
-                Ok(count) => count,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => return Err(error),
-            };
-            offset += count as u64;
-            let mut rest = count;
-            let done = pieces
-                .iter()
-                .take_while(|piece| {
-                    let fits = piece.len() <= rest;
-                    rest -= if fits { piece.len() } else { 0 };
-                    fits
-                })
-                .count();
-            pieces.drain(..done);
-            if rest > 0 && !pieces.is_empty() {
-                pieces[0] = pieces[0].skip(rest);
-            }
-        }
-        Ok(())
     }
 
     fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
@@ -197,17 +185,21 @@ impl Backend for Raw {
     }
 
     fn claim(&self) -> Result<(), LockError> {
-        let wanted = Use {
-            writes: !self.options.is_read_only,
-            resizes: false,
-        };
-        match self.options.locks {
-            true => lock::take(&self.file, &self.options.name(), wanted),
-            false => Ok(()),
+        self.lock()?;
+        if self.is_claimed.load(Ordering::Relaxed) {
+            return Ok(());
         }
+        // Whoever had it may have made it longer.
+        if let Err(error) = self.measure() {
+            self.release();
+            return Err(error.into());
+        }
+        self.is_claimed.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     fn release(&self) {
+        self.is_claimed.store(false, Ordering::Relaxed);
         if self.options.locks {
             lock::leave(&self.file);
         }
@@ -251,7 +243,13 @@ mod tests {
     }
 
     fn raw(path: &Path) -> Box<dyn Backend> {
-        open(options(path, Some(Format::Raw))).unwrap()
+        claimed(options(path, Some(Format::Raw)))
+    }
+
+    fn claimed(options: OpenOptions) -> Box<dyn Backend> {
+        let image = open(options).unwrap();
+        image.claim().unwrap();
+        image
     }
 
     fn reader(path: &Path) -> Box<dyn Backend> {
@@ -327,16 +325,58 @@ mod tests {
         assert_eq!(error.to_string(), "format=qed: not built in this version");
         raw(file.path());
 
-        let file = image(&[0; 1024]);
-        let raw = open(options(file.path(), None)).unwrap();
-        let qcow = b"QFI\xfb";
-        let refused = raw.write(0, &mut vec![Out::from(&qcow[..])]);
-        assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
-        raw.write(512, &mut vec![Out::from(&qcow[..])]).unwrap();
+        // Through the cache and past it; not every file system has both.
+        let file = tempfile::NamedTempFile::new_in(".").unwrap();
+        file.as_file().set_len(1024).unwrap();
+        let mut qcow = [0; 512];
+        qcow[..4].copy_from_slice(b"QFI\xfb");
+        for is_direct in [false, true] {
+            let raw = claimed(OpenOptions {
+                is_direct,
+                ..options(file.path(), None)
+            });
+            let refused = raw.write(0, &mut vec![Out::from(&qcow[..])]);
+            assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+            raw.write(512, &mut vec![Out::from(&qcow[..])]).unwrap();
+            let both = [[is_direct as u8; 512], [3; 512]].concat();
+            raw.write(0, &mut both.chunks(300).map(Out::from).collect())
+                .unwrap();
+            assert!(std::fs::read(file.path()).unwrap() == both);
+        }
         let raw = reader(file.path());
         assert!(raw.write(512, &mut vec![Out::from(&qcow[..])]).is_err());
         assert!(raw.zero(512, 4, false).is_err());
         raw.flush().unwrap();
+    }
+
+    #[test]
+    fn only_who_has_claimed_it_changes_it() {
+        let file = image(&[7; 1024]);
+        let image = open(options(file.path(), Some(Format::Raw))).unwrap();
+        let changes = |is_ours: bool| {
+            let mut pieces = vec![Out::from(&[1; 512][..])];
+            let changed = [
+                image.write(0, &mut pieces),
+                image.zero(0, 512, false),
+                image.discard(0, 512),
+                image.resize(4096),
+            ];
+            assert!(
+                changed.iter().all(|done| done.is_ok() == is_ours),
+                "{changed:?}"
+            );
+        };
+        changes(false);
+        assert_eq!(std::fs::read(file.path()).unwrap(), [7; 1024]);
+        image.claim().unwrap();
+        changes(true);
+        image.release();
+        changes(false);
+        // Whoever has it meanwhile makes it longer.
+        file.as_file().set_len(8192).unwrap();
+        assert_eq!(image.sectors(), 8);
+        image.claim().unwrap();
+        assert_eq!(image.sectors(), 16);
     }
 
     #[test]
