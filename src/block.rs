@@ -76,7 +76,7 @@ pub trait Backend: Send + Sync {
     /// Writes all of `pieces` at `offset` (bytes). `pieces` may be used up.
     ///
     /// # Errors
-    /// Of the host, or the image is read-only; some may have been written.
+    /// Of the host, or the image is read-only or not claimed; some may have been written.
     fn write(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()>;
 
     /// Makes `len` bytes from `offset` on zero. With `may_unmap` they need not have room in the image

@@ -328,6 +328,7 @@ macro_rules! cells {
 cells! {
     on_qcow2: lives(&[], "");
     on_an_old_qcow2: lives(&["-o", "compat=0.10"], "");
+    on_an_old_qcow2_with_zeros_found: lives(&["-o", "compat=0.10"], ",detect-zeroes=on");
     on_small_clusters: lives(&["-o", "cluster_size=512,refcount_bits=1"], "");
     on_top_of_another: lives(&["-b", "base.raw", "-F", "raw"], "");
     past_the_cache: lives(&["-b", "base.raw", "-F", "raw"], ",cache=none");

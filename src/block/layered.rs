@@ -5,6 +5,7 @@
 //! [`Backend::claim`], which reads them anew, to [`Backend::release`], which writes them back.
 
 mod commit;
+mod zeroes;
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -84,7 +85,11 @@ impl Layered {
             behind,
         } = chain::open(&self.file, self.format, &self.options, &known, is_writable)?;
         self.lock_behind().clone_from(&behind);
-        self.sectors.store(image.size() / SECTOR, Ordering::SeqCst);
+        let sectors = match self.format {
+            Format::Raw => image.size().div_ceil(SECTOR),
+            Format::Qcow2 => image.size() / SECTOR,
+        };
+        self.sectors.store(sectors, Ordering::SeqCst);
         let facts = layers.first().and_then(|top| top.facts);
         let table_reach = facts.map_or(u64::MAX, |facts| facts.cluster_size.pow(2) / 8);
         *self.lock_layers() = layers;
@@ -157,9 +162,19 @@ impl Layered {
     fn write_all(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> io::Result<()> {
         let len = pieces.iter().map(|piece| piece.len() as u64).sum();
         self.with([offset, len], |image| {
+            self.reach(image, offset.saturating_add(len))?;
             image.writev(iov::as_slices(pieces).into(), offset)?;
             self.trim(offset + len)
         })
+    }
+
+    /// Of a raw image's last sector a part may be missing, until something is written there.
+    fn reach(&self, image: &FormatAccess<Storage>, end: u64) -> io::Result<()> {
+        let is_missing = end > image.size() && end <= self.sectors() * SECTOR;
+        match self.format {
+            Format::Raw if is_missing => image.resize_grow(end, PreallocateMode::None),
+            _ => Ok(()),
+        }
     }
 
     /// After something was written up to `end`. What the host does not take past its cache as it is,
@@ -245,17 +260,24 @@ impl Backend for Layered {
     }
 
     fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> io::Result<()> {
-        match may_unmap {
-            true => {
-                self.with_alone(|image| image.discard_to_zero(offset, len))?;
-                self.with([offset, len], |_| Ok(()))
-            }
-            false => self.with([offset, len], |image| image.write_zeroes(offset, len)),
-        }
+        // For a part of a cluster imago looks whether the rest of it is zero, and makes all of it zero
+        // then: with others at the image, what they write between the two would be lost.
+        let made = self.with_alone(|image| {
+            self.reach(image, offset.saturating_add(len))?;
+            match self.format {
+                Format::Raw if !may_unmap => zeroes::keep(image, self.file.file(), [offset, len]),
+                _ => zeroes::make(image, [offset, len], may_unmap),
+            }?;
+            self.trim(offset + len)
+        });
+        made.and(self.with([offset, len], |_| Ok(())))
     }
 
     fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        let discarded = self.with_alone(|image| image.discard_to_any(offset, len));
+        let discarded = self.with_alone(|image| {
+            self.reach(image, offset.saturating_add(len))?;
+            image.discard_to_any(offset, len)
+        });
         let noted = self.with([offset, len], |_| Ok(()));
         match discarded {
             Err(error) if error.kind() == io::ErrorKind::Unsupported => noted,
@@ -279,11 +301,21 @@ impl Backend for Layered {
     }
 
     fn resize(&self, len: u64) -> io::Result<()> {
+        // What is behind it must not show where there was nothing until now.
+        let behind = self.lock_layers().get(1).map_or(0, |behind| behind.len);
         self.with_alone(|image| {
             if self.format == Format::Qcow2 {
                 self.on_file(|file| Ok(snapshots::check_resize(file)?))?;
             }
-            image.resize(len, PreallocateMode::None)?;
+            match behind > image.size() {
+                true => zeroes::grow(image, len)?,
+                false => image.resize(len, PreallocateMode::None)?,
+            }
+            let file = self.file.file();
+            if self.format == Format::Raw && file.metadata()?.is_file() {
+                // imago may think that it is so long: see `trim`.
+                file.set_len(len)?;
+            }
             image.flush()
         })?;
         self.sectors.store(len / SECTOR, Ordering::SeqCst);

@@ -28,7 +28,10 @@ impl Layered {
             own.image.flush()
         });
         if let Err(error) = own.image.flush() {
-            // What is in memory only must not be lost: without locks on what is behind it.
+            // What is in memory only must not be lost.
+            if let Err(error) = self.lock(&own.behind) {
+                log::error!("{}: {}", self.options.name(), error.line());
+            }
             *access = Some(own);
             return Err(error);
         }

@@ -1,6 +1,10 @@
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Barrier;
+use std::thread;
+use std::time::Duration;
 
-use imago::qcow2::Qcow2;
+use imago::qcow2::{Qcow2, Qcow2CreateBuilder};
 use imago::{FormatCreateBuilder, StorageOpenOptions};
 use proptest::prelude::*;
 
@@ -10,6 +14,18 @@ use crate::config::Cache;
 
 /// A qcow2 of that size in a directory.
 fn create(directory: &Path, name: &str, len: u64, behind: Option<&str>) -> PathBuf {
+    create_as(directory, name, |builder| {
+        let builder = builder.size(len);
+        match behind {
+            Some(name) => builder.backing(name.to_owned(), "raw".to_owned()),
+            None => builder,
+        }
+    })
+}
+
+type Builder = Qcow2CreateBuilder<Storage>;
+
+fn create_as(directory: &Path, name: &str, shape: impl FnOnce(Builder) -> Builder) -> PathBuf {
     let path = directory.join(name);
     let file = File::options()
         .read(true)
@@ -19,14 +35,22 @@ fn create(directory: &Path, name: &str, len: u64, behind: Option<&str>) -> PathB
         .unwrap();
     let storage = StorageOpenOptions::new().filename(&path).write(true);
     let storage = Storage::from_open_file(file, storage).unwrap();
-    let builder = Qcow2::<Storage>::create_builder(storage).size(len);
-    match behind {
-        Some(name) => builder.backing(name.to_owned(), "raw".to_owned()),
-        None => builder,
-    }
-    .create()
-    .unwrap();
+    shape(Qcow2::<Storage>::create_builder(storage))
+        .create()
+        .unwrap();
     path
+}
+
+/// Makes a qcow2 one of version 2, which differs in nothing else as imago creates it.
+fn make_old(path: &Path) {
+    let file = File::options().write(true).open(path).unwrap();
+    file.write_all_at(&2u32.to_be_bytes(), 4).unwrap();
+}
+
+fn claimed(options: OpenOptions) -> Box<dyn Backend> {
+    let image = open(options).unwrap();
+    image.claim().unwrap();
+    image
 }
 
 fn options(path: &Path) -> OpenOptions {
@@ -100,27 +124,164 @@ fn what_is_written_is_read_and_the_rest_is_what_is_behind() {
     assert_eq!(image.sectors(), 6144);
 }
 
+/// Each has its part of a cluster that was zero.
 #[test]
-fn a_raw_image_past_the_cache_is_the_same_image() {
-    let file = tempfile::NamedTempFile::new_in(".").unwrap();
-    file.as_file().set_len(65536).unwrap();
-    let image = open(OpenOptions {
+fn what_is_written_beside_what_is_made_zero_stays() {
+    const CLUSTER: u64 = 2 << 20;
+    const CLUSTERS: u64 = 60;
+    let place = tempfile::tempdir().unwrap();
+    let path = create_as(place.path(), "a", |builder| {
+        let builder = builder.size(CLUSTERS * CLUSTER);
+        builder.cluster_size(CLUSTER as usize)
+    });
+    let image = claimed(options(&path));
+    let both = Barrier::new(2);
+    let data = vec![1; CLUSTER as usize / 2];
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            for cluster in 0..CLUSTERS {
+                both.wait();
+                write(&*image, cluster * CLUSTER, &data).unwrap();
+            }
+        });
+        for cluster in 0..CLUSTERS {
+            both.wait();
+            // Now while the other one writes, and now after it.
+            thread::sleep(Duration::from_micros(cluster % 10 * 50));
+            let offset = (cluster + 1) * CLUSTER - 4096;
+            image.zero(offset, 4096, false).unwrap();
+        }
+    });
+    let lost = (0..CLUSTERS).filter(|cluster| {
+        let found = read(&*image, cluster * CLUSTER, 512);
+        found.unwrap() != data[..512]
+    });
+    assert_eq!(lost.count(), 0);
+}
+
+#[test]
+fn what_is_new_of_an_image_is_zero_whatever_is_behind_it() {
+    // In whole clusters and in parts of them.
+    for before in [CHUNK, CHUNK + 512] {
+        for is_old in [false, true] {
+            let place = tempfile::tempdir().unwrap();
+            std::fs::write(place.path().join("base"), vec![9; 2 << 20]).unwrap();
+            let path = create(place.path(), "top", before, Some("base"));
+            if is_old {
+                make_old(&path);
+            }
+            let image = claimed(options(&path));
+            image.resize(3 * CHUNK).unwrap();
+            let bytes = read(&*image, 0, 3 << 20).unwrap();
+            let (old, new) = bytes.split_at(before as usize);
+            assert!(old.iter().all(|byte| *byte == 9), "{before} {is_old}");
+            assert!(new.iter().all(|byte| *byte == 0), "{before} {is_old}");
+            drop(image);
+            let bytes = read(&*claimed(options(&path)), 0, 3 << 20).unwrap();
+            assert!(bytes.starts_with(old) && bytes.ends_with(new));
+        }
+    }
+}
+
+#[test]
+fn an_image_that_grows_when_another_is_moved_into_it_gets_zeros() {
+    let place = tempfile::tempdir().unwrap();
+    std::fs::write(place.path().join("base"), vec![9; 2 << 20]).unwrap();
+    let middle = create(place.path(), "middle", CHUNK, Some("base"));
+    let top = create_as(place.path(), "top", |builder| {
+        let builder = builder.size(2 * CHUNK);
+        builder.backing("middle".to_owned(), "qcow2".to_owned())
+    });
+    let image = claimed(options(&top));
+    write(&*image, 2 * CHUNK - 512, &[1; 512]).unwrap();
+    let before = read(&*image, 0, 2 << 20).unwrap();
+    assert_eq!((before[0], before[1 << 20]), (9, 0));
+    image.commit().unwrap();
+    assert!(read(&*image, 0, 2 << 20).unwrap() == before);
+    drop(image);
+    assert!(read(&*claimed(options(&middle)), 0, 2 << 20).unwrap() == before);
+}
+
+#[test]
+fn an_image_without_clusters_of_zeros_is_written_to() {
+    let place = tempfile::tempdir().unwrap();
+    std::fs::write(place.path().join("base"), vec![9; CHUNK as usize]).unwrap();
+    let path = create(place.path(), "top", 64 * CHUNK, Some("base"));
+    make_old(&path);
+    let image = claimed(options(&path));
+    write(&*image, 512, &[1; 1 << 17]).unwrap();
+    for may_unmap in [false, true] {
+        image.zero(1024, 512, may_unmap).unwrap();
+        image.zero(0, 70_000, may_unmap).unwrap();
+        let bytes = read(&*image, 0, 1 << 20).unwrap();
+        assert!(bytes[..70_000].iter().all(|byte| *byte == 0));
+        assert_eq!((bytes[70_000], bytes[(1 << 17) + 512]), (1, 9));
+    }
+    // What is zero anyway takes no room.
+    image.zero(CHUNK / 2, 60 * CHUNK, true).unwrap();
+    assert_eq!(read(&*image, CHUNK - 512, 1024).unwrap(), [0; 1024]);
+    image.flush().unwrap();
+    assert!(image.layers()[0].file_len < 3 * CHUNK);
+}
+
+/// A raw image past the cache; not every file system can that.
+fn direct(file: &tempfile::NamedTempFile) -> Box<dyn Backend> {
+    claimed(OpenOptions {
         format: Some(Format::Raw),
         is_direct: true,
         ..options(file.path())
     })
-    .unwrap();
-    image.claim().unwrap();
-    write(&*image, 1024, &[3; 1536]).unwrap();
-    image.zero(1024, 512, false).unwrap();
-    image.flush().unwrap();
+}
+
+#[test]
+fn a_raw_image_past_the_cache_keeps_its_room() {
+    let file = tempfile::NamedTempFile::new_in(".").unwrap();
+    std::fs::write(file.path(), [7; 1 << 17]).unwrap();
+    file.as_file().sync_all().unwrap();
+    let room = || file.path().metadata().unwrap().blocks();
+    let before = room();
+    let image = direct(&file);
+    image.zero(512, 1 << 16, false).unwrap();
     let bytes = std::fs::read(file.path()).unwrap();
-    assert_eq!(
-        (bytes[1024], bytes[1536], bytes[2559], bytes[2560]),
-        (0, 3, 3, 0)
-    );
-    assert_eq!(read(&*image, 1536, 512).unwrap(), [3; 512]);
-    assert_eq!(image.is_allocated(0, 512).unwrap(), (true, 512));
+    assert!(bytes[512..][..1 << 16].iter().all(|byte| *byte == 0));
+    assert_eq!((bytes[511], bytes[512 + (1 << 16)]), (7, 7));
+    assert!(room() >= before, "{before} blocks and then {}", room());
+    image.zero(0, 1 << 16, true).unwrap();
+    assert!(room() < before, "{before} blocks and then {}", room());
+}
+
+type Change = dyn Fn(&dyn Backend);
+
+#[test]
+fn a_last_sector_in_part_counts_past_the_cache_too() {
+    let file = tempfile::NamedTempFile::new_in(".").unwrap();
+    let fill = || std::fs::write(file.path(), [7; 1000]).unwrap();
+    let changes: [&Change; 3] = [
+        &|image| write(image, 512, &[0; 512]).unwrap(),
+        &|image| image.zero(512, 512, false).unwrap(),
+        &|image| image.zero(512, 512, true).unwrap(),
+    ];
+    for change in changes {
+        fill();
+        let image = direct(&file);
+        assert_eq!(image.sectors(), 2);
+        let bytes = read(&*image, 0, 1024).unwrap();
+        assert_eq!(
+            (&bytes[..1000], &bytes[1000..]),
+            (&[7; 1000][..], &[0; 24][..])
+        );
+        change(&*image);
+        assert_eq!(image.sectors(), 2);
+        assert_eq!(read(&*image, 512, 512).unwrap(), [0; 512]);
+        let bytes = std::fs::read(file.path()).unwrap();
+        assert_eq!(
+            (&bytes[..512], bytes[512..].iter().max()),
+            (&[7; 512][..], Some(&0))
+        );
+        assert_eq!(bytes.len(), 1024);
+    }
+    fill();
+    direct(&file).discard(512, 512).unwrap();
 }
 
 /// The image as it would be found if the process ended now.
@@ -262,6 +423,29 @@ fn what_a_guest_has_flushed_survives_the_process() {
     std::fs::copy(&path, &copy).unwrap();
     let copy = open(options(&copy)).unwrap();
     assert_eq!(read(&*copy, 1 << 16, 512).unwrap(), [1; 512]);
+}
+
+#[test]
+fn a_raw_image_past_the_cache_is_the_same_image() {
+    let file = tempfile::NamedTempFile::new_in(".").unwrap();
+    file.as_file().set_len(65536).unwrap();
+    let image = open(OpenOptions {
+        format: Some(Format::Raw),
+        is_direct: true,
+        ..options(file.path())
+    })
+    .unwrap();
+    image.claim().unwrap();
+    write(&*image, 1024, &[3; 1536]).unwrap();
+    image.zero(1024, 512, false).unwrap();
+    image.flush().unwrap();
+    let bytes = std::fs::read(file.path()).unwrap();
+    assert_eq!(
+        (bytes[1024], bytes[1536], bytes[2559], bytes[2560]),
+        (0, 3, 3, 0)
+    );
+    assert_eq!(read(&*image, 1536, 512).unwrap(), [3; 512]);
+    assert_eq!(image.is_allocated(0, 512).unwrap(), (true, 512));
 }
 
 proptest! {
