@@ -27,6 +27,14 @@ pub enum BitmapError {
     /// There is none of that name.
     #[error("Dirty bitmap '{0}' not found")]
     Missing(String),
+    /// There is no memory for its bits.
+    #[error("Bitmap '{name}' would need {bytes} bytes of memory, which can not be had")]
+    NoMemory {
+        /// Its name.
+        name: String,
+        /// How many it would need.
+        bytes: u64,
+    },
     /// A migration has it.
     #[error("Bitmap '{0}' is currently in use by another operation and cannot be used")]
     Busy(String),
@@ -55,7 +63,7 @@ impl Bitmap {
     /// Of a disk of `len` bytes: enabled, and nothing is dirty.
     ///
     /// # Errors
-    /// The name or the granularity is none.
+    /// The name or the granularity is none, or there is no memory for it.
     pub fn new(name: &str, granularity: u32, len: u64) -> Result<Self, BitmapError> {
         if name.is_empty() {
             return Err(BitmapError::Unnamed);
@@ -76,8 +84,16 @@ impl Bitmap {
             is_busy: false,
             is_persistent: false,
         };
-        bitmap.words = vec![0; bitmap.granules().div_ceil(64) as usize];
+        bitmap.words = zeros(bitmap.granules().div_ceil(64)).ok_or_else(|| {
+            let (name, bytes) = (name.to_owned(), Self::bytes(granularity, len));
+            BitmapError::NoMemory { name, bytes }
+        })?;
         Ok(bitmap)
+    }
+
+    /// Bytes of memory that the bits take, for a granularity that is none, too.
+    pub fn bytes(granularity: u32, len: u64) -> u64 {
+        len.div_ceil(u64::from(granularity).max(1)).div_ceil(64) * 8
     }
 
     /// Its name.
@@ -175,6 +191,15 @@ impl Bitmap {
             used => (1 << used) - 1,
         }
     }
+}
+
+/// So many words, which take room once they are written to; none if there is not so much memory. A
+/// vector that can not be had ends the process, and one that is only asked for does not: so it is asked
+/// for first.
+fn zeros(count: u64) -> Option<Vec<u64>> {
+    let count = usize::try_from(count).ok()?;
+    Vec::<u64>::new().try_reserve_exact(count).ok()?;
+    Some(vec![0; count])
 }
 
 fn ones(words: &[u64]) -> u64 {
@@ -362,6 +387,11 @@ mod tests {
             let text = "Granularity must be power of 2 and at least 512";
             assert_eq!(error("b", granularity), text);
         }
+        let error_of = |len| Bitmap::new("b", 512, len).unwrap_err().to_string();
+        assert_eq!(
+            error_of(1 << 63),
+            "Bitmap 'b' would need 2251799813685248 bytes of memory, which can not be had"
+        );
         let long = "x".repeat(1024);
         assert_eq!(error(&long, 512), format!("Bitmap name too long: {long}"));
         assert!(Bitmap::new(&long[1..], 1 << 31, 1 << 20).is_ok());

@@ -6,7 +6,9 @@
 
 use std::sync::Arc;
 
-use super::{ALIGN, AUTOLOAD, Body, ENABLED, IDSTR, PERSISTENT, Record, VERSION, exists, find};
+use super::{
+    ALIGN, AUTOLOAD, Body, ENABLED, IDSTR, LONGEST, PERSISTENT, Record, VERSION, exists, find,
+};
 use crate::block::{Bitmap, BitmapError, Drive, SECTOR};
 use crate::migration::Error;
 use crate::migration::stream::Reader;
@@ -22,6 +24,8 @@ pub struct BitmapLoad {
     /// What records without a name are about.
     current: Current,
     started: Vec<Started>,
+    /// Bytes of memory that more bitmaps may take.
+    room: u64,
     /// Why the bitmaps stay behind, if they do.
     pub lost: Option<String>,
     /// Whether such a thing ends the migration: the source can be told.
@@ -56,6 +60,7 @@ impl BitmapLoad {
             drive: None,
             current: Current::Unknown,
             started: Vec::new(),
+            room: MOST,
             lost: None,
             is_strict: false,
         }
@@ -209,6 +214,15 @@ impl BitmapLoad {
                 "Unknown flags in migrated dirty bitmap header: {flags:x}"
             )));
         }
+        let needed = Bitmap::bytes(granularity, drive.len()) + OVERHEAD;
+        let rest = self.room.checked_sub(needed);
+        self.room = rest.ok_or_else(|| {
+            let (name, id) = (name.escape_default(), drive.id());
+            Trouble::Lost(format!(
+                "With dirty bitmap '{name}' of '{id}' the bitmaps would take more than {} MiB",
+                MOST >> 20
+            ))
+        })?;
         let is_persistent = flags & PERSISTENT != 0;
         let added = drive.add_bitmap(&name, Some(granularity), |bitmap| {
             bitmap.is_enabled = false;
@@ -296,22 +310,24 @@ fn put(bitmap: &mut Bitmap, sector: u64, count: u32, bytes: Option<&[u8]>) -> Re
     if end > bitmap.len() / SECTOR {
         return Err(outside());
     }
-    let words = end.div_ceil(per_word) - sector / per_word;
-    let is_end = end.div_ceil(per_word) == bitmap.words().len() as u64;
-    if !sector.is_multiple_of(per_word) || !(is_end || end.is_multiple_of(per_word)) {
+    if !sector.is_multiple_of(per_word) {
+        return Err(format!("Bits of dirty bitmap '{name}' begin within a word"));
+    }
+    let needed = match count {
+        0 => 0,
+        _ => 8 * (end.div_ceil(per_word) - sector / per_word),
+    };
+    // Bits that are not sent could be so many that only zeros would need all memory there is.
+    if needed > LONGEST {
         return Err(format!(
-            "Bits of dirty bitmap '{name}' begin or end within a word"
+            "Too many bits of dirty bitmap '{name}' in one record"
         ));
     }
-    let words = match count {
-        0 => 0,
-        _ => words as usize,
-    };
+    let needed = needed as usize;
     let bytes = match bytes {
-        None => &vec![0; words * 8],
+        None => &vec![0; needed],
         Some(bytes) => bytes,
     };
-    let needed = words * 8;
     if !(needed..=needed.next_multiple_of(ALIGN)).contains(&bytes.len()) {
         return Err(format!(
             "Migrated bitmap granularity doesn't match the destination bitmap '{name}' granularity"
@@ -322,16 +338,26 @@ fn put(bitmap: &mut Bitmap, sector: u64, count: u32, bytes: Option<&[u8]>) -> Re
         .iter()
         .map(|word| u64::from_le_bytes(*word))
         .collect();
+    // The disk may be longer here. What follows its end there stands for nothing.
+    let used = (end % per_word).div_ceil(per_word / 64);
+    if used > 0 && numbers.last().is_some_and(|word| word >> used != 0) {
+        return Err(outside());
+    }
     match bitmap.load((sector / per_word) as usize, &numbers) {
         true => Ok(()),
         false => Err(outside()),
     }
 }
 
+/// Bytes of memory for all bitmaps of a migration; each sector of a disk of 4 TiB is one bit.
+const MOST: u64 = 1 << 30;
+/// What a bitmap takes without its bits, by a generous measure: it bounds their number.
+const OVERHEAD: u64 = 256 << 10;
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::Memory;
+    use crate::block::{Backend, Memory};
     use crate::migration::dirty_bitmap::header;
     use crate::migration::memory_channel::Recording;
     use proptest::prelude::*;
@@ -419,7 +445,7 @@ mod tests {
             ..first()
         };
         let outside = "Bits of dirty bitmap 'b' lie outside the disk";
-        let within = "Bits of dirty bitmap 'b' begin or end within a word";
+        let within = "Bits of dirty bitmap 'b' begin within a word";
         let granularity =
             "Migrated bitmap granularity doesn't match the destination bitmap 'b' granularity";
         let cases = [
@@ -438,7 +464,8 @@ mod tests {
                 outside,
             ),
             (vec![first(), named(bits(1, 8, None), false)], within),
-            (vec![first(), named(bits(0, 8, None), false)], within),
+            // The second granule begins with sector 8.
+            (vec![first(), named(bits(0, 8, Some(&[2])), false)], outside),
             (
                 vec![first(), named(bits(0, 2048, Some(&[0; 3])), false)],
                 granularity,
@@ -474,6 +501,85 @@ mod tests {
             drop(load_);
             assert!(quiet.bitmaps().info().is_empty(), "{why}");
         }
+    }
+
+    /// From a disk that is shorter, and ends within a word and a granule.
+    #[test]
+    fn a_disk_may_be_longer_here() {
+        let drive = drive();
+        let records = [
+            record(Some("b"), start(ENABLED), false),
+            record(None, bits(0, 1025, Some(&[1, 0, 1])), false),
+            record(None, Body::Complete, true),
+        ];
+        let (load, result) = load(&drive, &records, true);
+        assert_eq!(result, Ok(()));
+        load.enable();
+        assert_eq!(drive.bitmaps().info()[0].dirty, 2 * 4096);
+        drive.zero(LEN - 512, 512, false).unwrap();
+        assert_eq!(drive.bitmaps().info()[0].dirty, 3 * 4096);
+    }
+
+    /// A disk of the longest kind, of which nothing is there.
+    struct Endless;
+
+    impl Backend for Endless {
+        fn sectors(&self) -> u64 {
+            1 << 32
+        }
+
+        fn is_read_only(&self) -> bool {
+            false
+        }
+
+        fn read(&self, _: u64, _: &mut Vec<crate::iov::In<'_>>) -> std::io::Result<()> {
+            Ok(())
+        }
+
+        fn write(&self, _: u64, _: &mut Vec<crate::iov::Out<'_>>) -> std::io::Result<()> {
+            Ok(())
+        }
+
+        fn zero(&self, _: u64, _: u64, _: bool) -> std::io::Result<()> {
+            Ok(())
+        }
+
+        fn flush(&self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_source_does_not_take_all_memory() {
+        let drive = || Arc::new(Drive::new("d0".to_owned(), Box::new(Endless)));
+        let granularity = 512;
+        let start = |name| {
+            let flags = 0;
+            let body = Body::Start { granularity, flags };
+            record(Some(name), body, false)
+        };
+        // Each has a bit for each of 2^32 sectors.
+        let many = [start("a"), start("b"), Record::EOS];
+        let why = "With dirty bitmap 'b' of 'd0' the bitmaps would take more than 1024 MiB";
+        assert_eq!(load(&drive(), &many, true).1, Err(why.to_owned()));
+        let long = [
+            start("a"),
+            record(None, bits(0, u32::MAX, None), false),
+            Record::EOS,
+        ];
+        let why = "Too many bits of dirty bitmap 'a' in one record";
+        assert_eq!(load(&drive(), &long, true).1, Err(why.to_owned()));
+        let drive = Arc::new(Drive::new("d0".to_owned(), Box::new(Memory::new(512))));
+        let names: Vec<String> = (0..5000).map(|number| number.to_string()).collect();
+        let mut many: Vec<Record> = names.iter().map(|name| start(name)).collect();
+        many.push(Record::EOS);
+        let (load, result) = load(&drive, &many, false);
+        assert_eq!(result, Ok(()));
+        assert!(
+            load.lost
+                .as_ref()
+                .is_some_and(|why| why.contains("of 'd0'"))
+        );
     }
 
     #[test]
