@@ -16,6 +16,7 @@ use common::small::SmallDisk;
 use common::vmm::Program::{Hmpsh, Qemu7, Qemu10};
 use common::vmm::{Program, Setup, Vmm, have};
 use common::{poll, without_node_digits};
+use rustix::fs::{FlockOperation, fcntl_lock};
 use tempfile::NamedTempFile;
 
 /// Boots and reads back what it wrote; `kind` is what it says of its disk.
@@ -364,6 +365,40 @@ fn an_image_that_somebody_else_took_meanwhile_is_not_run_on() {
     };
     dest.wait_status("running");
     goes_on(&[&source, &dest]);
+}
+
+/// The same where the guest would go on at the source: it waits there, and can be told to go on.
+#[test]
+fn a_guest_whose_image_was_taken_waits() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let mut source = guest.setup(Hmpsh).start();
+    goes_on(&[&source]);
+    let image = guest.image.reopen().unwrap();
+    let (leave, left) = std::sync::mpsc::channel::<()>();
+    let thief = std::thread::spawn(move || {
+        fcntl_lock(&image, FlockOperation::LockExclusive).unwrap();
+        let _ = left.recv();
+    });
+    // Everything is there, and the source has let go, when the command fails.
+    source.command("migrate \"exec:cat >/dev/null; sleep 1; exit 1\"");
+    let state = source.wait_migration("failed");
+    let waits = "; then the guest could not be resumed: Disk 'd0': Failed to ";
+    assert!(state.contains(waits), "{state}");
+    assert!(
+        state.contains("; it stays paused here, and `cont` tries again"),
+        "{state}"
+    );
+    source.wait_status("paused");
+    let refused = source.command("cont");
+    assert!(refused.contains("Disk 'd0': Failed to "), "{refused}");
+    drop(leave);
+    thief.join().unwrap();
+    source.quiet("cont");
+    source.wait_status("running");
+    goes_on(&[&source]);
 }
 
 /// What the monitor says of disks is what QEMU says, but for the digits of nodes' names.

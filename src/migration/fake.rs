@@ -81,6 +81,8 @@ pub(super) struct FakeGuest {
     pub refuses: bool,
     /// A guest that KVM gives up on when it is to be stopped.
     pub dies: bool,
+    /// Somebody else has its images by the time it wants them back.
+    pub is_robbed: AtomicBool,
     /// A defect of ours: the next time devices are saved the thread panics.
     pub panics: AtomicBool,
 }
@@ -109,6 +111,7 @@ impl FakeGuest {
             forgets: false,
             refuses: false,
             dies: false,
+            is_robbed: AtomicBool::new(false),
             panics: AtomicBool::new(false),
         }
     }
@@ -189,7 +192,7 @@ impl Guest for FakeGuest {
     }
 
     fn claim_drives(&self) -> Result<(), Error> {
-        match self.owners.claim(self.side()) {
+        match !self.is_robbed.load(Ordering::SeqCst) && self.owners.claim(self.side()) {
             true => Ok(()),
             false => Err(Error::State("the images are somebody else's".to_owned())),
         }

@@ -48,6 +48,9 @@ impl Run<'_> {
         }
         if let Err(trouble) = trouble {
             text = format!("{text}; then the guest could not be resumed: {trouble}");
+            if self.order.guest.run_state() == RunState::Paused {
+                text.push_str("; it stays paused here, and `cont` tries again");
+            }
         }
         let status = if is_cancel {
             Status::Cancelled
@@ -90,16 +93,20 @@ impl Run<'_> {
         }
     }
 
-    /// Back to what the guest was doing.
+    /// Back to what the guest was doing; where that can not be, it is left to the operator, who may
+    /// know who has its images.
     fn resume(&mut self) -> Result<(), guest::Error> {
-        if self.before.is_some() {
-            self.order.guest.claim_drives()?;
+        let (Some(before), guest) = (self.before, self.order.guest) else {
+            return Ok(());
+        };
+        let resumed = guest.claim_drives().and_then(|()| match before {
+            RunState::Running => guest.start(),
+            before => guest.stop(before).map(drop),
+        });
+        if resumed.is_err() && guest.run_state() == RunState::FinishMigrate {
+            guest.stop(RunState::Paused)?;
         }
-        match self.before {
-            None => Ok(()),
-            Some(RunState::Running) => self.order.guest.start(),
-            Some(before) => self.order.guest.stop(before).map(drop),
-        }
+        resumed
     }
 
     /// Tells hmpsh why the stream ends here, if it ends where a command may stand. Best effort.

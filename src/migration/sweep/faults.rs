@@ -1,5 +1,7 @@
 //! Peers that hang, operators who cancel, partners that do not fit.
 
+use std::sync::atomic::Ordering;
+
 use super::*;
 
 /// One migration that should not succeed; the guest must be safe and movable afterwards.
@@ -289,4 +291,26 @@ fn an_arrival_that_was_given_up_is_not_taken() {
     // GO was on its way: the source can not know.
     assert!(sent.is_err() && source_board.read().handover_unknown);
     assert_eq!(source.run_state(), RunState::PostMigrate);
+}
+
+/// The images are somebody else's when the guest is to go on: it waits for the operator.
+#[test]
+fn a_guest_without_its_images_is_paused() {
+    let owners: Arc<Owners> = Arc::default();
+    let (source, mut dest) = (running_guest(&owners), blank_guest(&owners));
+    dest.refuses = true;
+    source.is_robbed.store(true, Ordering::SeqCst);
+    let outcome = migrate(&source, &dest, &Setting::new(Kind::Hmpsh));
+    let error = outcome.source.unwrap_err().to_string();
+    assert!(
+        error.ends_with(
+            "; then the guest could not be resumed: the images are somebody else's; it stays \
+             paused here, and `cont` tries again"
+        ),
+        "{error}"
+    );
+    assert_eq!(source.run_state(), RunState::Paused);
+    source.is_robbed.store(false, Ordering::SeqCst);
+    source.start().unwrap();
+    second_attempt(&source, &owners, Kind::Hmpsh).unwrap();
 }
