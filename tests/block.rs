@@ -311,6 +311,19 @@ fn what_does_not_go_with_b_is_said_as_qemu_says_it() {
     );
 }
 
+/// Who tries again at once meets nothing of the attempt before.
+#[test]
+fn tried_again_at_once() {
+    if !have(&[Hmpsh]) {
+        return;
+    }
+    let mut vm = Setup::new(Hmpsh).accel("none").start();
+    for _ in 0..50 {
+        vm.quiet("migrate -d -b \"exec:exit 1\"");
+        while !vm.command("info migrate").contains("status: failed") {}
+    }
+}
+
 #[test]
 fn between_two_hmpsh() {
     moves(&[Hmpsh, Hmpsh, Hmpsh], 5 * MIB + 512);

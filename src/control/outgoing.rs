@@ -40,6 +40,7 @@ impl Control {
         let mut job = self.job();
         // Another monitor may have been quicker.
         self.check_may_leave(options)?;
+        self.check_block(options)?;
         let uri: Uri = options.uri.parse().map_err(Error::new)?;
         self.lend_inherited(&uri, fds);
         let prepared = channel::prepare(&uri, fds).map_err(Error::new)?;
@@ -98,18 +99,23 @@ impl Control {
             RunState::PostMigrate => Err(Error::new(
                 "Can't migrate the vm that was paused due to previous migration",
             )),
-            _ if (options.block || options.incremental)
-                && (self.settings.block() || self.settings.block_incremental()) =>
-            {
-                Err(Error::new(
-                    "Command options are incompatible with current migration capabilities",
-                ))
-            }
             _ => self
                 .migration_blockers()
                 .into_iter()
                 .next()
                 .map_or(Ok(()), |why| Err(Error(why))),
+        }
+    }
+
+    /// Whether disks can be asked for so. The last migration sets that back when it has ended for
+    /// whoever looks at it, so it must have ended indeed.
+    fn check_block(&self, options: &MigrateOptions) -> Result<(), Error> {
+        let is_asked = options.block || options.incremental;
+        match is_asked && (self.settings.block() || self.settings.block_incremental()) {
+            true => Err(Error::new(
+                "Command options are incompatible with current migration capabilities",
+            )),
+            false => Ok(()),
         }
     }
 
