@@ -100,6 +100,7 @@ impl Control {
             autostart: &self.autostart,
             point,
             uuid: self.config.machine.uuid,
+            is_patient: false,
             dialect: self.settings.dialect(),
         };
         let run = || incoming.run(channel).map_err(Error::new);

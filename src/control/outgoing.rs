@@ -150,6 +150,7 @@ impl Control {
             }),
             bitmaps: self.settings.dirty_bitmaps(),
             return_path: self.settings.return_path(),
+            is_patient: false,
             dialect: self.settings.dialect(),
             board: &self.board,
             clock: &clock,

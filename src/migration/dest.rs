@@ -50,6 +50,8 @@ pub struct Incoming<'a> {
     pub point: &'a PointOfNoReturn,
     /// `-uuid`.
     pub uuid: Option<[u8; 16]>,
+    /// The bytes may come as slowly as they do: whoever sends them sees to it that this ends.
+    pub is_patient: bool,
     /// Which records are expected.
     pub dialect: Dialect,
 }
@@ -62,7 +64,7 @@ impl Incoming<'_> {
     pub fn run(self, channel: Box<dyn Channel>) -> Result<RunState, Error> {
         let mut arrival = Arrival {
             started: self.clock.now(),
-            reader: Reader::new(channel, FIRST_PATIENCE),
+            reader: Reader::new(channel, self.patience(FIRST_PATIENCE)),
             ram: RamLoad::new(self.guest.ram()),
             block: BlockLoad::new(self.guest.drives()),
             bitmaps: BitmapLoad::new(self.guest.drives()),
@@ -90,6 +92,14 @@ impl Incoming<'_> {
                 let error = arrival.place.of(error, position);
                 Err(arrival.fail(error))
             }
+        }
+    }
+
+    /// How long to wait for a byte, unless that is of no concern.
+    fn patience(&self, limit: Duration) -> Duration {
+        match self.is_patient {
+            true => Duration::MAX,
+            false => limit,
         }
     }
 }
@@ -149,7 +159,7 @@ impl Arrival<'_> {
             return Err(Error::stream("Not a migration stream"));
         }
         self.place.enter("header".to_owned(), 0);
-        self.reader.set_patience(PATIENCE);
+        self.reader.set_patience(self.order.patience(PATIENCE));
         match self.reader.be32()? {
             VERSION => {}
             VERSION_OBSOLETE => {

@@ -207,7 +207,7 @@ impl Link {
         need: Need,
         patience: Duration,
     ) -> (MutexGuard<'s, State>, bool) {
-        let until = state.now + patience;
+        let until = state.now.saturating_add(patience);
         loop {
             if state.is_met(side, need, &self.cancel) {
                 return (state, true);

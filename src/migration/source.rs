@@ -56,6 +56,8 @@ pub struct Outgoing<'a> {
     pub bitmaps: bool,
     /// Capability `return-path`; without effect on channels that have no way back.
     pub return_path: bool,
+    /// The bytes may be taken as slowly as they are: whoever takes them sees to it that this ends.
+    pub is_patient: bool,
     /// Which records are sent.
     pub dialect: Dialect,
     /// Where status and figures are published.
@@ -89,6 +91,9 @@ impl<'a> Outgoing<'a> {
             before: None,
             is_ambiguous: false,
         };
+        if run.order.is_patient {
+            run.writer.set_patience(Duration::MAX);
+        }
         // A defect of ours must not cost the guest: it ends like any other failure.
         let ended = catch_unwind(AssertUnwindSafe(|| run.script())).unwrap_or_else(|_| {
             run.writer.tear();
@@ -344,7 +349,9 @@ impl<'a> Run<'a> {
         let before = self.order.guest.stop(RunState::FinishMigrate)?;
         self.before = Some(before);
         self.writer.progress.begin_downtime(at);
-        self.writer.set_patience(PATIENCE);
+        if !self.order.is_patient {
+            self.writer.set_patience(PATIENCE);
+        }
         Ok(before)
     }
 

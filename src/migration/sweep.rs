@@ -96,6 +96,7 @@ fn load(dest: &dyn Guest, board: &Board, stream: &[u8]) -> Result<RunState, Erro
         autostart: &Mutex::new(true),
         point: &PointOfNoReturn::new(),
         uuid: None,
+        is_patient: false,
         dialect: Dialect::default(),
     };
     order.run(Recording::of(stream))
@@ -112,6 +113,7 @@ fn migrate(source: &FakeGuest, dest: &FakeGuest, setting: &Setting) -> Outcome {
             block: setting.block,
             bitmaps: setting.bitmaps,
             return_path: matches!(setting.kind, Kind::Hmpsh | Kind::Stock),
+            is_patient: false,
             dialect: Dialect::default(),
             board: &source_board,
             clock,
@@ -132,6 +134,7 @@ fn migrate(source: &FakeGuest, dest: &FakeGuest, setting: &Setting) -> Outcome {
                 autostart,
                 point: &PointOfNoReturn::new(),
                 uuid: None,
+                is_patient: false,
                 dialect: Dialect::default(),
             }
             .run(channel)

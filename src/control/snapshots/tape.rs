@@ -50,6 +50,7 @@ pub(super) fn record(
         block: None,
         bitmaps: false,
         return_path: false,
+        is_patient: true,
         dialect: settings.dialect(),
         board: &board,
         clock: &clock,
@@ -89,6 +90,7 @@ pub(super) fn play(
         autostart: &Mutex::new(false),
         point: &brake.point,
         uuid,
+        is_patient: true,
         dialect: settings.dialect(),
     };
     std::thread::scope(|scope| {

@@ -136,6 +136,7 @@ fn stock_stream(owners: &Arc<Owners>) -> Vec<u8> {
         block: None,
         bitmaps: false,
         return_path: false,
+        is_patient: false,
         dialect: Dialect::default(),
         board: &board,
         clock: &clock,
@@ -177,6 +178,7 @@ fn a_stock_source_and_we_never_both_run_the_guest() {
                         autostart: &Mutex::new(true),
                         point: &PointOfNoReturn::new(),
                         uuid: None,
+                        is_patient: false,
                         dialect: Dialect::default(),
                     };
                     order.run(channel)

@@ -100,6 +100,7 @@ fn a_client_that_says_nothing_is_sent_away() {
                 autostart: &Mutex::new(true),
                 point: &PointOfNoReturn::new(),
                 uuid: None,
+                is_patient: false,
                 dialect: Dialect::default(),
             };
             order.run(channel)
@@ -264,6 +265,7 @@ fn an_arrival_that_was_given_up_is_not_taken() {
                 block: None,
                 bitmaps: false,
                 return_path: true,
+                is_patient: false,
                 dialect: Dialect::default(),
                 board: &source_board,
                 clock,
@@ -281,6 +283,7 @@ fn an_arrival_that_was_given_up_is_not_taken() {
                 autostart: &Mutex::new(true),
                 point: &given_up,
                 uuid: None,
+                is_patient: false,
                 dialect: Dialect::default(),
             };
             order.run(channel)
@@ -313,4 +316,61 @@ fn a_guest_without_its_images_is_paused() {
     source.is_robbed.store(false, Ordering::SeqCst);
     source.start().unwrap();
     second_attempt(&source, &owners, Kind::Hmpsh).unwrap();
+}
+
+/// Between two ends of one process nobody is given up for being slow.
+#[test]
+fn the_patient_wait_as_long_as_it_takes() {
+    use crate::migration::clock::Clock;
+    let hour = Duration::from_secs(3600);
+    for [of_source, of_dest] in [[hour, Duration::ZERO], [Duration::ZERO, hour]] {
+        let owners = Arc::default();
+        let (source, dest) = (running_guest(&owners), blank_guest(&owners));
+        // More than is under way at most.
+        (0..3).for_each(|page| source.store((0, page, 7)));
+        source.store((1, 0, 7));
+        let (source_board, dest_board) = (Board::default(), Board::default());
+        let link = Link::new(Faults {
+            one_way: true,
+            ..Faults::default()
+        });
+        let limits = || Setting::new(Kind::Silent).limits;
+        let (sent, received) = link.run(
+            |channel, clock| {
+                clock.sleep(of_source, &link.cancel);
+                let order = Outgoing {
+                    guest: &source,
+                    limits: &limits,
+                    block: None,
+                    bitmaps: false,
+                    return_path: false,
+                    is_patient: true,
+                    dialect: Dialect::default(),
+                    board: &source_board,
+                    clock,
+                    started: link.now(),
+                    cancel: &link.cancel,
+                    point: &link.point,
+                };
+                order.run(channel)
+            },
+            |channel, clock| {
+                clock.sleep(of_dest, &link.cancel);
+                let order = Incoming {
+                    guest: &dest,
+                    board: &dest_board,
+                    clock,
+                    autostart: &Mutex::new(false),
+                    point: &PointOfNoReturn::new(),
+                    uuid: None,
+                    is_patient: true,
+                    dialect: Dialect::default(),
+                };
+                order.run(channel)
+            },
+        );
+        sent.unwrap();
+        received.unwrap();
+        assert_eq!(source.content(), dest.content());
+    }
 }

@@ -29,6 +29,7 @@ impl Own {
             block: None,
             bitmaps: false,
             return_path: false,
+            is_patient: false,
             dialect: Dialect::default(),
             board: &Board::default(),
             clock: &HostClock::new(),
