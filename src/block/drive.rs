@@ -278,6 +278,13 @@ impl Drive {
         self.log().as_ref().map_or(0, |log| log.len() as u64)
     }
 
+    /// The same of those in front of that chunk.
+    pub fn dirty_below(&self, chunk: u64) -> u64 {
+        let log = self.log();
+        log.as_ref()
+            .map_or(0, |log| log.range(..chunk).count() as u64)
+    }
+
     /// Takes the next chunk that was written to, from number `from` on and then from the beginning.
     /// A write that comes later, or is under way, notes it again.
     pub fn take_dirty(&self, from: u64) -> Option<u64> {

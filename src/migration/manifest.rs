@@ -8,7 +8,6 @@
 //! ```
 //! Payload of the command MANIFEST (`docs/wire.md`). QEMU has nothing of the kind.
 
-use super::block;
 use super::section::put_cstr;
 use crate::vm::guest::{Guest, SectionHeader, unknown_section};
 
@@ -60,16 +59,8 @@ impl Manifest {
     }
 
     /// With the disks that go with it.
-    pub fn with_disks(self, guest: &dyn Guest, options: block::Options) -> Self {
-        let disks = block::sent(guest.drives()).map(|drive| Disk {
-            id: drive.id().to_owned(),
-            len: drive.len(),
-            is_partial: options.is_partial(&drive),
-        });
-        Self {
-            disks: disks.collect(),
-            ..self
-        }
+    pub fn with_disks(self, disks: Vec<Disk>) -> Self {
+        Self { disks, ..self }
     }
 
     /// With bitmaps; without, if that is more than a command can have: it is a courtesy.

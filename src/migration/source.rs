@@ -128,6 +128,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn script(&mut self) -> Result<(), Error> {
         self.take_bitmaps()?;
+        self.take_disks();
         self.header();
         self.hail()?;
         self.advise();
@@ -153,6 +154,15 @@ impl<'a> Run<'a> {
             self.bitmaps = BitmapSave::new(self.order.guest.drives())?;
         }
         Ok(())
+    }
+
+    /// From here on it is noted what is written to them, and they stay as long as they are announced.
+    fn take_disks(&mut self) {
+        if let Some(options) = self.order.block {
+            let (drives, clock) = (self.order.guest.drives(), self.order.clock);
+            let dialect = self.order.dialect;
+            self.block = Some(BlockSave::new(drives, clock, dialect, options));
+        }
     }
 
     fn header(&mut self) {
@@ -190,8 +200,8 @@ impl<'a> Run<'a> {
         })?;
         if self.peer == Peer::Hmpsh {
             let mut manifest = Manifest::of(self.order.guest);
-            if let Some(options) = self.order.block {
-                manifest = manifest.with_disks(self.order.guest, options);
+            if let Some(block) = &self.block {
+                manifest = manifest.with_disks(block.announced());
             }
             manifest = manifest.with_bitmaps(self.bitmaps.announced());
             self.writer
@@ -213,17 +223,8 @@ impl<'a> Run<'a> {
     }
 
     fn begin_block(&mut self) {
-        if let Some(options) = self.order.block {
-            let block = self.block.insert(BlockSave::new(
-                self.order.guest.drives(),
-                self.order.clock,
-                self.order.dialect,
-                block::Options {
-                    zeros: options.zeros || self.peer == Peer::Hmpsh,
-                    ..options
-                },
-            ));
-            block.setup(&mut self.writer);
+        if let Some(block) = &mut self.block {
+            block.setup(&mut self.writer, self.peer == Peer::Hmpsh);
         }
     }
 

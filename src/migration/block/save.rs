@@ -15,6 +15,7 @@ use crate::iov::In;
 use crate::migration::Error;
 use crate::migration::clock::Clock;
 use crate::migration::dialect::Dialect;
+use crate::migration::manifest;
 use crate::migration::section::{END, PART, START, put_cstr, put_header, put_piece};
 use crate::migration::stream::Writer;
 
@@ -24,6 +25,8 @@ pub struct BlockSave<'a> {
     dialect: Dialect,
     disks: Vec<Disk>,
     options: Options,
+    /// Behind the disk of which a chunk was sent again last.
+    turn: usize,
     /// What was told last.
     percent: Option<u64>,
     chunk: Vec<u8>,
@@ -49,6 +52,8 @@ impl Options {
 /// A drive being sent.
 struct Disk {
     drive: Arc<Drive>,
+    /// Bytes of it, as long as it is sent.
+    len: u64,
     /// The next chunk of the bulk.
     bulk: u64,
     /// Behind the chunk that was sent again last.
@@ -65,26 +70,41 @@ impl<'a> BlockSave<'a> {
         dialect: Dialect,
         options: Options,
     ) -> Self {
-        let disk = |drive: Arc<Drive>| Disk {
-            bulk: 0,
-            dirty: 0,
-            is_partial: options.is_partial(&drive),
-            drive,
+        let disk = |drive: Arc<Drive>| {
+            // First: a drive with a log keeps its length.
+            drive.start_log();
+            Disk {
+                len: drive.len(),
+                bulk: 0,
+                dirty: 0,
+                is_partial: options.is_partial(&drive),
+                drive,
+            }
         };
-        let disks: Vec<_> = sent(drives).map(disk).collect();
-        disks.iter().for_each(|disk| disk.drive.start_log());
         Self {
             clock,
             dialect,
-            disks,
+            disks: sent(drives).map(disk).collect(),
             options,
+            turn: 0,
             percent: None,
             chunk: vec![0; CHUNK as usize],
         }
     }
 
-    /// Queues START.
-    pub fn setup(&mut self, writer: &mut Writer<'a>) {
+    /// For the manifest.
+    pub fn announced(&self) -> Vec<manifest::Disk> {
+        let disk = |disk: &Disk| manifest::Disk {
+            id: disk.drive.id().to_owned(),
+            len: disk.len,
+            is_partial: disk.is_partial,
+        };
+        self.disks.iter().map(disk).collect()
+    }
+
+    /// Queues START. Another hmpsh takes zeros as such in any case.
+    pub fn setup(&mut self, writer: &mut Writer<'a>, is_hmpsh: bool) {
+        self.options.zeros |= is_hmpsh;
         writer.put(|to| {
             put_header(START, SECTION_ID, &header(), to);
             to.extend(Record::Eos.compose().to_be_bytes());
@@ -92,24 +112,18 @@ impl<'a> BlockSave<'a> {
         });
         writer.mark();
         let disk = writer.progress.disk.get_or_insert_default();
-        disk.total = self.disks.iter().map(|disk| disk.drive.len()).sum();
+        disk.total = self.disks.iter().map(|disk| disk.len).sum();
         self.note(writer);
     }
 
     /// Bytes of chunks that have not been sent, or not since they were written to.
     pub fn pending(&self) -> u64 {
-        let pending = |disk: &Disk| {
-            let len = disk.drive.len();
-            len.saturating_sub(disk.bulk * CHUNK) + (disk.drive.dirty() * CHUNK).min(len)
-        };
-        self.disks.iter().map(pending).sum()
+        self.disks.iter().map(Disk::pending).sum()
     }
 
     /// Whether some chunk has never been sent.
     pub fn is_bulk(&self) -> bool {
-        self.disks
-            .iter()
-            .any(|disk| disk.bulk < disk.drive.chunks())
+        self.disks.iter().any(|disk| disk.bulk < disk.chunks())
     }
 
     /// Sends one PART of about `allowance` bytes, or what 50 ms are enough for, or what there is.
@@ -124,6 +138,7 @@ impl<'a> BlockSave<'a> {
     /// Sends everything that is left, as END. The guest stands still.
     pub fn complete(&mut self, writer: &mut Writer<'a>) -> Result<(), Error> {
         self.percent = None;
+        self.disks.iter().try_for_each(Disk::check)?;
         self.piece(writer, END, &|_, _| true)
     }
 
@@ -163,7 +178,7 @@ impl<'a> BlockSave<'a> {
 
     /// Sends one chunk; false if there was none left.
     fn next(&mut self, writer: &mut Writer<'a>) -> Result<bool, Error> {
-        let is_left = |disk: &Disk| disk.bulk < disk.drive.chunks();
+        let is_left = |disk: &Disk| disk.bulk < disk.chunks();
         if let Some(index) = self.disks.iter().position(is_left) {
             let (done, all) = self.bulk();
             self.tell(writer, done * 100 / all);
@@ -180,21 +195,31 @@ impl<'a> BlockSave<'a> {
             }
             return Ok(true);
         }
-        let mut disks = self.disks.iter().enumerate();
-        let dirty =
-            disks.find_map(|(index, disk)| Some((index, disk.drive.take_dirty(disk.dirty)?)));
-        let Some((index, number)) = dirty else {
+        let Some((index, number)) = self.next_dirty() else {
             return Ok(false);
         };
-        self.disks[index].dirty = number + 1;
         self.send(writer, index, number)?;
         Ok(true)
+    }
+
+    /// Takes a chunk that was written to since it was sent. The disks take turns: one that is written
+    /// to all the time does not keep the others from coming to an end.
+    fn next_dirty(&mut self) -> Option<(usize, u64)> {
+        let count = self.disks.len();
+        let mut order = (0..count).map(|step| (self.turn + step) % count);
+        let (index, number) = order.find_map(|index| {
+            let disk = &self.disks[index];
+            Some((index, disk.drive.take_dirty(disk.dirty)?))
+        })?;
+        self.disks[index].dirty = number + 1;
+        self.turn = index + 1;
+        Some((index, number))
     }
 
     /// Chunks of the bulk that were sent, and all.
     fn bulk(&self) -> (u64, u64) {
         let done = self.disks.iter().map(|disk| disk.bulk).sum();
-        let all = self.disks.iter().map(|disk| disk.drive.chunks()).sum();
+        let all = self.disks.iter().map(Disk::chunks).sum();
         (done, all)
     }
 
@@ -205,9 +230,11 @@ impl<'a> BlockSave<'a> {
     }
 
     fn send(&mut self, writer: &mut Writer<'a>, index: usize, number: u64) -> Result<(), Error> {
-        let drive = Arc::clone(&self.disks[index].drive);
+        let disk = &self.disks[index];
+        disk.check()?;
+        let drive = Arc::clone(&disk.drive);
         let (offset, sector) = (number * CHUNK, number * CHUNK / SECTOR);
-        let len = (drive.len() - offset).min(CHUNK) as usize;
+        let len = disk.len.saturating_sub(offset).min(CHUNK) as usize;
         let (content, rest) = self.chunk.split_at_mut(len);
         rest.fill(0);
         let read = drive.image().read(offset, &mut vec![In::from(content)]);
@@ -236,10 +263,37 @@ impl<'a> BlockSave<'a> {
 }
 
 impl Disk {
+    fn chunks(&self) -> u64 {
+        self.len.div_ceil(CHUNK)
+    }
+
+    /// Bytes that have not been sent, or not since they were written to. What is written to in front
+    /// of the bulk is sent only once.
+    fn pending(&self) -> u64 {
+        let ahead = self.len.saturating_sub(self.bulk * CHUNK);
+        let again = match ahead {
+            0 => self.drive.dirty(),
+            _ => self.drive.dirty_below(self.bulk),
+        };
+        ahead + (again * CHUNK).min(self.len - ahead)
+    }
+
+    /// Whoever had begun to change the drive before it was noted what is written to it is not held up.
+    fn check(&self) -> Result<(), Error> {
+        if self.drive.len() == self.len {
+            return Ok(());
+        }
+        let id = self.drive.id();
+        Err(Error::Stream(match self.drive.is_deleted() {
+            true => format!("Disk '{id}' was taken out while it was sent"),
+            false => format!("Disk '{id}' has changed its length while it was sent"),
+        }))
+    }
+
     /// Whether the image itself has anything of that chunk. QEMU 7.2 asks for 32 MiB at once and
     /// then sends from the beginning of the chunk on; the chunks are the same.
     fn has(&self, number: u64) -> Result<bool, Error> {
-        let end = ((number + 1) * CHUNK).min(self.drive.len());
+        let end = ((number + 1) * CHUNK).min(self.len);
         let mut offset = number * CHUNK;
         while offset < end {
             let asked = self.drive.image().is_allocated(offset, end - offset);
@@ -272,3 +326,67 @@ impl Drop for BlockSave<'_> {
 const SECTION_ID: u32 = 0x62_6c6b;
 /// A PART lasts no longer, so that the way back and the operator are heard.
 const PART_TIME: Duration = Duration::from_millis(50);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::block::{Backend, Memory};
+    use crate::migration::clock::HostClock;
+
+    fn drives(chunks: &[u64]) -> Vec<Arc<Drive>> {
+        let drive = |(number, chunks): (usize, &u64)| {
+            let image = Memory::new(chunks * CHUNK);
+            Arc::new(Drive::new(format!("d{number}"), Box::new(image)))
+        };
+        chunks.iter().enumerate().map(drive).collect()
+    }
+
+    fn save<'a>(drives: &[Arc<Drive>], clock: &'a HostClock) -> BlockSave<'a> {
+        let (dialect, options) = (Dialect::default(), Options::default());
+        BlockSave::new(drives.to_vec(), clock, dialect, options)
+    }
+
+    #[test]
+    fn a_disk_that_never_rests_does_not_keep_the_others_waiting() {
+        let clock = HostClock::new();
+        let drives = drives(&[3, 1, 2]);
+        let mut save = save(&drives, &clock);
+        let taken: Vec<_> = (0..6)
+            .map(|_| {
+                (0..3).for_each(|chunk| drives[0].zero(chunk * CHUNK, 512, false).unwrap());
+                drives[2].zero(CHUNK, 512, false).unwrap();
+                save.next_dirty().unwrap()
+            })
+            .collect();
+        assert_eq!(taken, [(0, 0), (2, 1), (0, 1), (2, 1), (0, 2), (2, 1)]);
+    }
+
+    #[test]
+    fn what_is_pending_is_never_more_than_there_is() {
+        let clock = HostClock::new();
+        let drives = drives(&[3]);
+        let mut save = save(&drives, &clock);
+        let write = |chunk| drives[0].zero(chunk * CHUNK, 512, false).unwrap();
+        write(2);
+        assert_eq!(save.pending(), 3 * CHUNK);
+        save.disks[0].bulk = 2;
+        assert_eq!(save.pending(), CHUNK);
+        write(0);
+        assert_eq!(save.pending(), 2 * CHUNK);
+        save.disks[0].bulk = 3;
+        assert_eq!(save.pending(), 2 * CHUNK);
+    }
+
+    #[test]
+    fn a_drive_that_went_away_is_named() {
+        let clock = HostClock::new();
+        let drives = drives(&[3, 3]);
+        let save = save(&drives, &clock);
+        assert_eq!(save.announced()[0].len, 3 * CHUNK);
+        drives[0].delete();
+        drives[1].resize(CHUNK).unwrap_err();
+        let why = save.disks[0].check().unwrap_err().to_string();
+        assert_eq!(why, "Disk 'd0' was taken out while it was sent");
+        assert!(save.disks[1].check().is_ok() && save.is_bulk());
+    }
+}
