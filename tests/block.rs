@@ -5,6 +5,7 @@
 mod common;
 
 use common::disk::{DiskGuest, drive, goes_on};
+use common::need::{Need, require, tool};
 use common::vmm::Program::{Hmpsh, Qemu7};
 use common::vmm::{Program, Setup, have};
 use std::os::unix::fs::MetadataExt;
@@ -131,6 +132,8 @@ fn a_7_2_that_sends_its_disk_in_part_is_found_out() {
     let mut dest = setup().incoming("tcp:127.0.0.1:0").start();
     let port = dest.port();
     source.quiet("migrate_set_parameter max-bandwidth 1g");
+    // Little, however slow the host is.
+    source.quiet("migrate_set_parameter downtime-limit 5000");
     source.command(&format!("migrate -b tcp:127.0.0.1:{port}"));
     dest.wait_said("The source has ended before it had sent the disks: of 'd1' bytes 0x");
     // It may have thought that all was well: then it holds the guest, at rest.
@@ -309,6 +312,39 @@ fn what_does_not_go_with_b_is_said_as_qemu_says_it() {
         vm.command("info migrate_parameters")
             .contains("block-incremental: off\n")
     );
+}
+
+/// A drive that no disk uses goes along, and is nobody's afterwards.
+#[test]
+fn a_drive_without_a_disk_is_left() {
+    if !have(&[Hmpsh]) || !require(&[Need::QemuImg]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let (here, there) = (Images::full(MIB), Images::new(MIB));
+    let setup = |images: &Images| {
+        let used = drive("d0", images.used.path(), "");
+        let spare = drive("d1", images.spare.path(), "");
+        guest.setup_on(Hmpsh, &used).args(&["-drive", &spare])
+    };
+    let mut source = setup(&here).start();
+    goes_on(&[&source]);
+    let mut dest = setup(&there).incoming("tcp:127.0.0.1:0").start();
+    let port = dest.port();
+    source.command(&format!("migrate -b tcp:127.0.0.1:{port}"));
+    source.wait_migration("completed");
+    dest.wait_status("running");
+    assert!(here.bytes()[1] == there.bytes()[1]);
+    let write = |image: &NamedTempFile| {
+        let mut io = std::process::Command::new(tool("qemu-io"));
+        let output = io
+            .args(["-f", "raw", "-c", "write 0 512"])
+            .arg(image.path());
+        output.output().unwrap().status.success()
+    };
+    assert!(write(&there.spare) && !write(&there.used));
+    dest.quiet("block_resize d1 2");
+    goes_on(&[&source, &dest]);
 }
 
 /// Who tries again at once meets nothing of the attempt before.

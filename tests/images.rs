@@ -217,6 +217,42 @@ fn sent(from: Program, to: Program, option: &str) {
     }
 }
 
+/// A QEMU that leaves out what is behind an image never says 100 in time where the image has its last
+/// chunk; one that goes on to the end with the guest at rest has not forgotten the chunks between.
+fn sent_to_the_last_chunk(from: Program, downtime: u32) {
+    if !have(&[from, Hmpsh]) || !require(&[Need::QemuImg]) {
+        return;
+    }
+    let guest = DiskGuest::new();
+    let places = [Place::new(), Place::new()];
+    let images = places.each_ref().map(|place| {
+        std::fs::write(place.path("base.raw"), vec![0; 8 * MIB]).unwrap();
+        place.create("used.qcow2", &["-b", "base.raw", "-F", "raw"])
+    });
+    let image = images[0].display().to_string();
+    succeeds(
+        "qemu-io",
+        &["-f", "qcow2", "-c", "write -P 7 7936k 256k", &image],
+    );
+    let setup = |side: usize, program| -> Setup {
+        guest.setup_on(program, &drive("d0", &images[side], ",format=qcow2"))
+    };
+    let mut source = setup(0, from).start();
+    goes_on(&[&source]);
+    let there = setup(1, Hmpsh).args(&["-S"]);
+    let mut dest = there.incoming("tcp:127.0.0.1:0").start();
+    let port = dest.port();
+    source.quiet("migrate_set_parameter max-bandwidth 100g");
+    source.quiet(&format!("migrate_set_parameter downtime-limit {downtime}"));
+    source.command(&format!("migrate -i tcp:127.0.0.1:{port}"));
+    source.wait_migration("completed");
+    dest.wait_status("paused");
+    source.quit();
+    dest.quit();
+    are_equal(&images[0], &images[1]);
+    images.iter().for_each(|image| is_clean(image));
+}
+
 /// Bytes of a file that are locked.
 fn locked(path: &Path) -> BTreeSet<u64> {
     let inode = format!(":{}", path.metadata().unwrap().ino());
@@ -347,4 +383,6 @@ cells! {
     in_part_between_two_hmpsh: sent(Hmpsh, Hmpsh, "-i");
     in_part_to_7_2: sent(Hmpsh, Qemu7, "-i");
     in_part_from_7_2: sent(Qemu7, Hmpsh, "-i");
+    to_the_last_chunk_from_7_2: sent_to_the_last_chunk(Qemu7, 0);
+    to_the_last_chunk_from_hmpsh: sent_to_the_last_chunk(Hmpsh, 2000);
 }

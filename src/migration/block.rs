@@ -9,13 +9,13 @@
 
 mod load;
 mod save;
+mod target;
 
-pub use load::BlockLoad;
+pub use load::{BlockLoad, sync};
 pub use save::{BlockSave, Options};
 
 use std::sync::Arc;
 
-use super::manifest;
 use crate::block::{Backend, Drive, SECTOR};
 use crate::vm::guest::SectionHeader;
 use crate::vm::memory;
@@ -74,37 +74,6 @@ pub fn sent(drives: Vec<Arc<Drive>>) -> impl Iterator<Item = Arc<Drive>> {
     drives.into_iter().filter(is_sent)
 }
 
-/// Locks a drive's image; the text says why that can not be.
-fn claim(drive: &Drive) -> Result<(), String> {
-    let id = drive.id();
-    let claimed = drive.claim();
-    claimed.map_err(|error| format!("Disk '{id}' at the destination: {}", error.line()))
-}
-
-/// Whether a disk that is announced can be taken in; the text says why not. If it can, its image is
-/// locked.
-pub fn check(drives: &[Arc<Drive>], disk: &manifest::Disk) -> Result<(), String> {
-    let (id, len) = (disk.id.as_str(), disk.len);
-    let Some(drive) = drives.iter().find(|drive| drive.id() == id) else {
-        return Err(format!(
-            "Disk '{}' exists only at the source; -b and -i need a -drive of the same id",
-            id.escape_default()
-        ));
-    };
-    if drive.is_read_only() {
-        return Err(format!("Disk '{id}' can not be written at the destination"));
-    }
-    check_len(drive, len)?;
-    claim(drive)?;
-    if disk.is_partial && !has_behind(drive) {
-        return Err(format!(
-            "Disk '{id}' is sent without what is behind its image (-i), and there is nothing behind \
-             the image at the destination"
-        ));
-    }
-    Ok(())
-}
-
 /// Whether a drive is as long as that one at the source; the text says why not.
 pub(super) fn check_len(drive: &Drive, len: u64) -> Result<(), String> {
     let (id, here) = (drive.id(), drive.len());
@@ -122,9 +91,10 @@ fn has_behind(drive: &Drive) -> bool {
     layers.first().is_some_and(|top| top.behind.is_some())
 }
 
-/// Whether a chunk is all zero.
+/// Whether a chunk, or less, is all zero.
 fn is_zero(chunk: &[u8]) -> bool {
-    chunk.as_chunks().0.iter().all(memory::is_zero)
+    let (pages, rest) = chunk.as_chunks();
+    pages.iter().all(memory::is_zero) && rest.iter().all(|byte| *byte == 0)
 }
 
 fn header() -> SectionHeader {

@@ -146,6 +146,7 @@ impl Arrival<'_> {
         let (stream, end) = (self.reader.digest().value(), self.reader.position());
         let seal = self.description()?;
         self.place.forget();
+        self.block.check(self.is_promised || seal.is_some())?;
         self.check_integrity(seal, stream, end)?;
         if self.source == Source::Unknown {
             self.reader.channel().settle()?;

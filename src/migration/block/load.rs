@@ -3,20 +3,25 @@
 
 use std::sync::Arc;
 
+use super::target::{Piece, Target};
 use super::{IDSTR, Record, VERSION};
-use crate::block::{Backend, CHUNK, Drive, SECTOR};
+use crate::block::{CHUNK, Drive};
 use crate::errno::Errno;
-use crate::iov::Out;
 use crate::migration::Error;
+use crate::migration::manifest;
 use crate::migration::stats::DiskStats;
 use crate::migration::stream::Reader;
 use crate::vm::guest::SectionHeader;
 
 /// The live section `block`.
 pub struct BlockLoad {
-    disks: Vec<Disk>,
+    targets: Vec<Target>,
     section_id: Option<u32>,
     is_complete: bool,
+    /// Whether the source has said which disks come, and whether there are any.
+    announced: Option<bool>,
+    /// What is wrong if the source is not hmpsh.
+    doubt: Option<String>,
     /// What the source said last in front of the end.
     percent: u64,
     chunk: Vec<u8>,
@@ -25,28 +30,41 @@ pub struct BlockLoad {
     pub stats: Option<DiskStats>,
 }
 
-/// A drive being filled; its image is locked from the first chunk on.
-struct Disk {
-    drive: Arc<Drive>,
-    /// A bit for each chunk that came; empty if none did.
-    came: Vec<u64>,
-}
-
 impl BlockLoad {
     /// Ready for a section that fills some of these drives.
     pub fn new(drives: Vec<Arc<Drive>>) -> Self {
-        let disk = |drive| Disk {
-            drive,
-            came: Vec::new(),
-        };
+        // Another one may have the name of one that was taken out.
+        let drives = drives.into_iter().filter(|drive| !drive.is_deleted());
         Self {
-            disks: drives.into_iter().map(disk).collect(),
+            targets: drives.map(Target::new).collect(),
             section_id: None,
             is_complete: false,
+            announced: None,
+            doubt: None,
             percent: 0,
             chunk: Vec::new(),
             stats: None,
         }
+    }
+
+    /// The source is hmpsh, and will send these disks. Their images are locked from here on.
+    ///
+    /// # Errors
+    /// One of them can not be taken in; the text says why.
+    pub fn announce(&mut self, disks: &[manifest::Disk]) -> Result<(), String> {
+        self.announced = Some(!disks.is_empty());
+        disks.iter().try_for_each(|disk| {
+            let id = disk.id.as_str();
+            let mut targets = self.targets.iter_mut();
+            let target = targets.find(|target| target.drive().id() == id);
+            let target = target.ok_or_else(|| {
+                let id = id.escape_default();
+                format!(
+                    "Disk '{id}' exists only at the source; -b and -i need a -drive of the same id"
+                )
+            })?;
+            target.announce(disk)
+        })
     }
 
     /// START: its header has been read.
@@ -66,7 +84,7 @@ impl BlockLoad {
         }
         self.chunk = vec![0; CHUNK as usize];
         self.stats = Some(DiskStats::default());
-        self.records(reader)
+        self.records(reader, false)
     }
 
     /// Whether PARTs and ENDs with that id are this section's.
@@ -80,14 +98,15 @@ impl BlockLoad {
             return Err(Error::stream("Section 'block' goes on after its end"));
         }
         let before = self.percent;
-        self.records(reader)?;
+        self.records(reader, is_end)?;
         if is_end {
             self.is_complete = true;
             self.chunk = Vec::new();
-            self.settle()?;
-            // The end says 100 in any case, and with -i chunks are left out.
-            if before < 100 {
-                return self.check_all_came();
+            self.targets.iter().try_for_each(Target::settle)?;
+            self.check_announced()?;
+            // The end says 100 in any case.
+            if self.announced.is_none() && before < 100 {
+                self.doubt = gaps(&self.targets, Target::gap_in_doubt);
             }
         }
         Ok(())
@@ -95,137 +114,120 @@ impl BlockLoad {
 
     /// What is missing of the section, for the operator.
     pub fn missing(&self) -> Option<&'static str> {
-        (self.section_id.is_some() && !self.is_complete).then_some("end of section 'block'")
+        let is_expected = self.section_id.is_some() || self.announced == Some(true);
+        (is_expected && !self.is_complete).then_some("end of section 'block'")
     }
 
-    fn records(&mut self, reader: &mut Reader) -> Result<(), Error> {
+    /// Looks at the disks once it is known whether a source that has announced nothing is hmpsh. One
+    /// that is has left out only what it was to leave out, and means what it sends.
+    ///
+    /// # Errors
+    /// A disk has not come whole, or does not fit.
+    pub fn check(&self, is_hmpsh: bool) -> Result<(), Error> {
+        if is_hmpsh {
+            let cut = self.targets.iter().find_map(Target::cut);
+            return cut.map_or(Ok(()), |text| Err(Error::Stream(text)));
+        }
+        match &self.doubt {
+            None => Ok(()),
+            Some(gaps) => Err(Error::Stream(format!(
+                "The source has ended before it had sent the disks: {gaps}. QEMU 7.2 does that when \
+                 what is left of RAM is little; with `migrate_set_parameter downtime-limit 0` and \
+                 max-bandwidth 100g it does not"
+            ))),
+        }
+    }
+
+    /// The guest is about to run here: the drives are as all others are. What is returned is to be
+    /// made safe.
+    pub fn finish(&mut self) -> Vec<Arc<Drive>> {
+        let filled = self.targets.iter().filter(|target| target.is_filled());
+        let drives = filled.map(|target| Arc::clone(target.drive())).collect();
+        self.targets.iter_mut().for_each(Target::leave);
+        drives
+    }
+
+    fn check_announced(&self) -> Result<(), Error> {
+        match gaps(&self.targets, Target::gap_announced) {
+            None => Ok(()),
+            Some(gaps) => Err(Error::Stream(format!(
+                "The source has ended before it had sent the disks: {gaps}"
+            ))),
+        }
+    }
+
+    fn records(&mut self, reader: &mut Reader, is_end: bool) -> Result<(), Error> {
         reader.set_ahead(0);
-        let result = self.chunks(reader);
+        let result = self.chunks(reader, is_end);
         reader.set_ahead(usize::MAX);
         result
     }
 
-    fn chunks(&mut self, reader: &mut Reader) -> Result<(), Error> {
+    fn chunks(&mut self, reader: &mut Reader, is_end: bool) -> Result<(), Error> {
         loop {
-            match Record::parse(reader.be64()?).map_err(Error::Stream)? {
+            let (sector, is_bytes) = match Record::parse(reader.be64()?).map_err(Error::Stream)? {
                 Record::Eos => return Ok(()),
-                Record::Progress(percent) => self.percent = percent,
-                Record::Chunk(sector) => {
-                    let index = self.find(&reader.cstr()?)?;
-                    reader.bulk(&mut self.chunk)?;
-                    let is_zero = super::is_zero(&self.chunk);
-                    self.write(index, sector, is_zero)?;
+                Record::Progress(percent) => {
+                    self.percent = percent;
+                    continue;
                 }
-                Record::Zero(sector) => {
-                    let index = self.find(&reader.cstr()?)?;
-                    self.write(index, sector, true)?;
+                Record::Chunk(sector) => (sector, true),
+                Record::Zero(sector) => (sector, false),
+            };
+            let index = self.find(&reader.cstr()?)?;
+            if is_bytes {
+                reader.bulk(&mut self.chunk)?;
+            }
+            let piece = Piece {
+                sector,
+                is_zero: !is_bytes || super::is_zero(&self.chunk),
+                bytes: &mut self.chunk,
+                is_end,
+            };
+            let target = &mut self.targets[index];
+            let is_known = target.has_some();
+            let len = target.write(piece)?;
+            if let Some(stats) = &mut self.stats {
+                stats.transferred += len;
+                if !is_known {
+                    stats.total += target.drive().len();
                 }
             }
         }
     }
 
     fn find(&self, name: &str) -> Result<usize, Error> {
-        let found = self.disks.iter().position(|disk| disk.drive.id() == name);
+        let mut targets = self.targets.iter();
+        let found = targets.position(|target| target.drive().id() == name);
         found.ok_or_else(|| {
             let name = name.escape_default();
             Error::Stream(format!("Error unknown block device {name}"))
         })
     }
-
-    fn write(&mut self, index: usize, sector: u64, is_zero: bool) -> Result<(), Error> {
-        let disk = &mut self.disks[index];
-        let (drive, id) = (&disk.drive, disk.drive.id());
-        if drive.is_read_only() {
-            let text = format!("Disk '{id}' can not be written here, and the source sends it");
-            return Err(Error::Stream(text));
-        }
-        let offset = sector.saturating_mul(SECTOR);
-        if offset >= drive.len() {
-            let here = drive.sectors();
-            return Err(Error::Stream(format!(
-                "Disk '{id}' is too small: it has {here} sectors here, and the source sends \
-                 sector {sector}"
-            )));
-        }
-        if !offset.is_multiple_of(CHUNK) {
-            let text = format!("Sector {sector} of disk '{id}' is not where a chunk begins");
-            return Err(Error::Stream(text));
-        }
-        if disk.came.is_empty() {
-            // The image may be the source's own.
-            super::claim(drive).map_err(Error::Stream)?;
-            disk.came = vec![0; drive.chunks().div_ceil(64) as usize];
-            if let Some(stats) = &mut self.stats {
-                stats.total += drive.len();
-            }
-        }
-        // The last one may be shorter; what is behind it means nothing.
-        let len = (drive.len() - offset).min(CHUNK);
-        let written = match is_zero {
-            true => drive.image().zero(offset, len, true),
-            false => drive
-                .image()
-                .write(offset, &mut vec![Out::from(&self.chunk[..len as usize])]),
-        };
-        written.map_err(|error| {
-            let why = Errno(&error);
-            Error::Stream(format!(
-                "Writing disk '{id}' from sector {sector} on: {why}"
-            ))
-        })?;
-        let number = offset / CHUNK;
-        disk.came[(number / 64) as usize] |= 1 << (number % 64);
-        if let Some(stats) = &mut self.stats {
-            stats.transferred += len;
-        }
-        Ok(())
-    }
-
-    /// The source's guest may have been told that all of this is safe.
-    fn settle(&self) -> Result<(), Error> {
-        for disk in self.disks.iter().filter(|disk| !disk.came.is_empty()) {
-            let settled = disk.drive.settle();
-            settled.map_err(|error| {
-                let (id, why) = (disk.drive.id(), Errno(&error));
-                Error::Stream(format!("Writing disk '{id}': {why}"))
-            })?;
-        }
-        Ok(())
-    }
-
-    /// The source has ended in front of the end of the bulk, or with the rest of it.
-    fn check_all_came(&self) -> Result<(), Error> {
-        let writable = self.disks.iter().filter(|disk| !disk.drive.is_read_only());
-        let gaps: Vec<String> = writable.filter_map(Disk::gap).collect();
-        if gaps.is_empty() {
-            return Ok(());
-        }
-        Err(Error::Stream(format!(
-            "The source has ended before it had sent the disks: {}. QEMU 7.2 does that when what \
-             is left of RAM is little; with `migrate_set_parameter downtime-limit 0` and \
-             max-bandwidth 100g it does not",
-            gaps.join(", ")
-        )))
-    }
 }
 
-impl Disk {
-    /// From where to where chunks are missing.
-    fn gap(&self) -> Option<String> {
-        let is_missing = |number: &u64| {
-            let word = self.came.get((*number / 64) as usize).copied();
-            word.unwrap_or(0) >> (number % 64) & 1 == 0
-        };
-        let mut missing = (0..self.drive.chunks()).filter(is_missing);
-        let first = missing.next()?;
-        let last = missing.next_back().unwrap_or(first);
-        let (from, to) = (
-            first * CHUNK,
-            ((last + 1) * CHUNK).min(self.drive.len()) - 1,
-        );
-        let id = self.drive.id();
-        Some(format!(
-            "of '{id}' bytes {from:#x} to {to:#x} are not all there"
-        ))
+/// What is missing of all of them.
+fn gaps(targets: &[Target], gap: impl Fn(&Target) -> Option<String>) -> Option<String> {
+    let gaps: Vec<String> = targets.iter().filter_map(gap).collect();
+    (!gaps.is_empty()).then(|| gaps.join(", "))
+}
+
+/// Brings what was written to the disks themselves, in the background: the guest, which may have been
+/// told at the source that it is safe, does not wait for that. (QEMU leaves it to the host.)
+pub fn sync(drives: Vec<Arc<Drive>>) {
+    let sync = move || {
+        let is_wanted =
+            |drive: &Arc<Drive>| !drive.policy().cache.ignores_flushes && !drive.is_deleted();
+        for drive in drives.into_iter().filter(is_wanted) {
+            // Past the drive: it is not the guest who asks.
+            if let Err(error) = drive.image().flush() {
+                let (id, why) = (drive.id(), Errno(&error));
+                log::error!("What has come of disk '{id}' may not be safe: {why}");
+            }
+        }
+    };
+    let thread = std::thread::Builder::new().name("sync".to_owned());
+    if let Err(error) = thread.spawn(sync) {
+        log::error!("Failed to start a thread: {error}");
     }
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::{Arrival, Source};
 use crate::migration::Error;
+use crate::migration::block;
 use crate::migration::channel::Fault;
 use crate::migration::globalstate;
 use crate::migration::return_path::{Message, say};
@@ -71,6 +72,7 @@ impl Arrival<'_> {
         let wish = wish.unwrap_or_else(PoisonError::into_inner);
         let state = globalstate::entered(received, *wish);
         self.bitmaps.enable();
+        let filled = self.block.finish();
         match state {
             RunState::Running => self.order.guest.start()?,
             other => {
@@ -82,6 +84,9 @@ impl Arrival<'_> {
             }
         }
         self.bitmaps.keep();
+        if !filled.is_empty() {
+            block::sync(filled);
+        }
         Ok(state)
     }
 }

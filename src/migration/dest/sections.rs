@@ -192,9 +192,9 @@ impl Arrival<'_> {
         announced
             .check(&Manifest::of(self.order.guest))
             .map_err(Error::Stream)?;
-        for disk in announced.disks() {
-            block::check(&self.order.guest.drives(), disk).map_err(Error::Stream)?;
-        }
+        self.block
+            .announce(announced.disks())
+            .map_err(Error::Stream)?;
         for bitmap in announced.bitmaps() {
             dirty_bitmap::check(&self.order.guest.drives(), bitmap).map_err(Error::Stream)?;
         }

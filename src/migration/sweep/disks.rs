@@ -1,7 +1,10 @@
 //! Disks go along: a guest that writes meanwhile, images of every size, and every fault on the way.
 
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use super::*;
-use crate::block::{Backend, CHUNK, Drive, Memory, words};
+use crate::block::{Backend, CHUNK, Drive, Layer, Memory, words};
+use crate::config::Format;
 use crate::iov::Out;
 
 /// What disks a side has: names and images.
@@ -242,6 +245,8 @@ fn an_image_that_fails_is_named_with_its_sector() {
         assert!(told.contains(&expected), "{told}");
 
         here[0].1.fail_reads(-1);
+        // What is zero already is not written.
+        there[0].1.bytes().fill(9);
         there[0].1.fail_writes(at);
         let dest = attach(blank_guest(&owners), &there);
         let told = fails(&source, &dest, &clean);
@@ -266,13 +271,17 @@ fn an_image_that_fails_later_is_named_too() {
         for is_source in [true, false] {
             let owners = Arc::default();
             let (here, there) = (written(), images());
+            there[0].1.bytes().fill(9);
             let source = attach(running_guest(&owners), &here);
             let drive = Arc::clone(&source.drives[0]);
             let faults = Faults {
                 at: Some((
                     Way::Forth,
                     2 * CHUNK + 100,
-                    Arc::new(move || drive.zero(CHUNK + 512, 512, false).unwrap()),
+                    Arc::new(move || {
+                        let mut pieces = vec![Out::from(&[1; 512][..])];
+                        drive.write(CHUNK + 512, &mut pieces).unwrap();
+                    }),
                 )),
                 ..Faults::default()
             };
@@ -327,4 +336,180 @@ fn a_cut_leaves_the_guest_and_the_next_attempt_works() {
             assert!(same(&here, &there), "{kind:?} {at:#x}");
         }
     }
+}
+
+/// An image with something behind it: what is zero here is there.
+#[derive(Clone)]
+struct Upper {
+    image: Memory,
+    flushes: Arc<AtomicU64>,
+}
+
+impl Upper {
+    fn new(image: &Memory) -> Self {
+        let (image, flushes) = (image.clone(), Arc::default());
+        Self { image, flushes }
+    }
+}
+
+impl Backend for Upper {
+    fn sectors(&self) -> u64 {
+        self.image.sectors()
+    }
+
+    fn layers(&self) -> Vec<Layer> {
+        vec![Layer {
+            file: String::new(),
+            format: Format::Qcow2,
+            len: 0,
+            file_len: 0,
+            allocated: 0,
+            behind: Some(("base".to_owned(), None)),
+            facts: None,
+        }]
+    }
+
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
+    fn read(&self, offset: u64, rooms: &mut Vec<crate::iov::In<'_>>) -> std::io::Result<()> {
+        self.image.read(offset, rooms)
+    }
+
+    fn write(&self, offset: u64, pieces: &mut Vec<Out<'_>>) -> std::io::Result<()> {
+        self.image.write(offset, pieces)
+    }
+
+    fn zero(&self, offset: u64, len: u64, may_unmap: bool) -> std::io::Result<()> {
+        self.image.zero(offset, len, may_unmap)
+    }
+
+    fn is_allocated(&self, offset: u64, len: u64) -> std::io::Result<(bool, u64)> {
+        let bytes = self.image.bytes();
+        let asked = &bytes[offset as usize..][..len as usize];
+        Ok((asked.iter().any(|byte| *byte != 0), len))
+    }
+
+    fn flush(&self) -> std::io::Result<()> {
+        self.flushes.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+/// The rest is small enough before the first chunk has gone: all of it goes when the guest stands
+/// still, and what `-i` leaves out is not missed.
+#[test]
+fn disks_may_go_with_the_end() {
+    for (kind, incremental) in [
+        (Kind::Hmpsh, true),
+        (Kind::Hmpsh, false),
+        (Kind::Silent, true),
+        (Kind::Silent, false),
+    ] {
+        let owners = Arc::default();
+        // At the destination one is longer, and there is another one.
+        let lengths = [4 * CHUNK, 6 * CHUNK, CHUNK].map(Memory::new);
+        let [here, there, other] = &lengths;
+        here.bytes()[0] = 1;
+        here.bytes()[3 * CHUNK as usize..].fill(2);
+        there.bytes()[2 * CHUNK as usize] = 3;
+        let drive = |id: &str, image: Box<dyn Backend>| Arc::new(Drive::new(id.to_owned(), image));
+        let [mut source, mut dest] = [running_guest(&owners), blank_guest(&owners)];
+        source.drives = vec![drive("hd0", Box::new(Upper::new(here)))];
+        let upper = Upper::new(there);
+        let flushes = Arc::clone(&upper.flushes);
+        dest.drives = vec![
+            drive("other", Box::new(other.clone())),
+            drive("hd0", Box::new(upper)),
+        ];
+        let mut early = setting(kind, Faults::default());
+        early.limits.avail_switchover_bandwidth = 1 << 40;
+        let zeros = false;
+        early.block = Some(block::Options { zeros, incremental });
+        let outcome = migrate(&source, &dest, &early);
+        let what = format!("{kind:?} {incremental}");
+        assert!(outcome.source.is_ok(), "{what}: {:?}", outcome.source);
+        assert!(outcome.dest.is_ok(), "{what}: {:?}", outcome.dest);
+        let disk = outcome.source_board.disk.unwrap();
+        assert_eq!((disk.remaining, disk.total), (0, 4 * CHUNK), "{what}");
+        let (here, there) = (here.bytes(), there.bytes());
+        assert_eq!(here[..CHUNK as usize], there[..CHUNK as usize], "{what}");
+        let last = 3 * CHUNK as usize..4 * CHUNK as usize;
+        assert_eq!(here[last.clone()], there[last], "{what}");
+        assert_eq!(there[2 * CHUNK as usize], if incremental { 3 } else { 0 });
+        // The guest that has come can do what it likes with its drives.
+        assert!(dest.drives.iter().all(|drive| !drive.is_busy()), "{what}");
+        // What has come is made safe by and by.
+        let is_safe = || flushes.load(Ordering::SeqCst) == 1;
+        let waited = (0..500).any(|_| {
+            std::thread::sleep(Duration::from_millis(10));
+            is_safe()
+        });
+        assert!(waited, "{what}");
+    }
+}
+
+/// Where nobody could ask for the length, what does not fit is noticed when it comes.
+#[test]
+fn a_disk_that_loses_its_end_is_refused() {
+    for (is_written, is_refused) in [(true, true), (false, false)] {
+        let owners = Arc::default();
+        let here = vec![("hd0", Memory::new(CHUNK + 1024))];
+        let there = vec![("hd0", Memory::new(CHUNK + 512))];
+        here[0].1.bytes()[0] = 1;
+        if is_written {
+            here[0].1.bytes()[CHUNK as usize + 512] = 1;
+        }
+        let source = attach(running_guest(&owners), &here);
+        let dest = attach(blank_guest(&owners), &there);
+        let outcome = migrate(&source, &dest, &setting(Kind::Silent, Faults::default()));
+        assert_eq!(outcome.dest.is_err(), is_refused);
+        if let Err(error) = outcome.dest {
+            let why = "Disk 'hd0' is too small: it has 2049 sectors here, and the source's goes on";
+            assert_eq!(error.to_string(), why);
+        }
+    }
+}
+
+/// From the first word about them to the end their length is what was said.
+#[test]
+fn drives_are_busy_all_the_way() {
+    for way in [Way::Forth, Way::Back] {
+        let owners = Arc::default();
+        let (here, there) = (written(), images());
+        let source = attach(running_guest(&owners), &here);
+        let dest = attach(blank_guest(&owners), &there);
+        let (ours, theirs) = (Arc::clone(&source.drives[1]), Arc::clone(&dest.drives[1]));
+        let seen = Arc::new(Mutex::new(None));
+        let note = Arc::clone(&seen);
+        let event = Arc::new(move || {
+            *note.lock().unwrap() = Some((ours.is_busy(), theirs.is_busy()));
+        });
+        // The first bytes there, and the answer to the manifest: pongs have 8 bytes.
+        let at = if way == Way::Forth { 0 } else { 8 };
+        let faults = Faults {
+            at: Some((way, at, event)),
+            ..Faults::default()
+        };
+        let outcome = migrate(&source, &dest, &setting(Kind::Hmpsh, faults));
+        assert!(outcome.source.is_ok());
+        assert_eq!(*seen.lock().unwrap(), Some((true, way == Way::Back)));
+        let all = source.drives.iter().chain(&dest.drives);
+        assert!(all.into_iter().all(|drive| !drive.is_busy()));
+    }
+}
+
+/// A bitmap of the destination's own notes what comes; zeros where there are zeros are not written.
+#[test]
+fn what_comes_is_written_as_by_the_guest() {
+    let owners = Arc::default();
+    let (here, there) = (written(), images());
+    let source = attach(running_guest(&owners), &here);
+    let dest = attach(blank_guest(&owners), &there);
+    dest.drives[0].add_bitmap("b", None, |_| ()).unwrap();
+    let clean = setting(Kind::Hmpsh, Faults::default());
+    assert!(migrate(&source, &dest, &clean).source.is_ok());
+    assert_eq!(dest.drives[0].bitmaps().info()[0].dirty, LENGTHS[0]);
+    assert_eq!(there[0].1.zeroed(), 0);
 }
