@@ -1,6 +1,7 @@
 //! What the command line asked for, checked in itself and ready to be built.
 
 use std::fmt;
+use std::io;
 use std::path::PathBuf;
 
 /// Everything the program needs to know to start.
@@ -235,6 +236,30 @@ impl OnError {
 }
 
 impl MachineConfig {
+    /// From here on names of files mean what they mean now, wherever the process goes. Those of
+    /// drives know their directory.
+    ///
+    /// # Errors
+    /// The directory is not there any more.
+    pub fn fix_names(&mut self) -> io::Result<()> {
+        let fix = |path: &mut PathBuf| std::path::absolute(&*path).map(|fixed| *path = fixed);
+        match &mut self.boot {
+            Boot::Builtin => {}
+            Boot::Bios(path) => fix(path)?,
+            Boot::Kernel { kernel, initrd } => {
+                fix(kernel)?;
+                initrd.as_mut().map_or(Ok(()), fix)?;
+            }
+        }
+        match &mut self.memory_backend {
+            Some(MemoryBackend {
+                kind: BackendKind::File(path),
+                ..
+            }) => fix(path),
+            _ => Ok(()),
+        }
+    }
+
     /// Id of the disk that uses that drive, or its place among those without.
     pub fn disk_of(&self, drive: usize) -> Option<String> {
         let at = self.disks.iter().position(|disk| disk.drive == drive)?;

@@ -89,7 +89,7 @@ pub struct Control {
 impl Control {
     /// Builds the machine and everything around it. Nothing runs before [`Self::launch`].
     pub fn new(
-        config: Config,
+        mut config: Config,
         poll: Poll,
         chardevs: Vec<Arc<dyn Chardev>>,
         inherited: NamedFds,
@@ -102,6 +102,8 @@ impl Control {
         }
         let events = Arc::new(Events::default());
         let machine = build_machine(&config, &chardevs, &events, None)?;
+        // Another one may have to be built, and a daemon goes to `/`.
+        config.machine.fix_names().map_err(Error::new)?;
         let board = Arc::new(Board::default());
         let told = Arc::clone(&events);
         board.watch(Box::new(move |snapshot| {

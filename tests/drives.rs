@@ -172,34 +172,6 @@ fn a_drive_that_is_deleted_fails_and_its_image_is_free() {
     goes_on(&[&other]);
 }
 
-/// While the guest is elsewhere, so is its image.
-#[test]
-fn an_image_of_a_guest_elsewhere_is_left_alone() {
-    if !have(&[Hmpsh]) {
-        return;
-    }
-    let guest = DiskGuest::new();
-    let mut destination = guest.setup(Hmpsh).incoming("tcp:127.0.0.1:0").start();
-    let mut source = guest.setup(Hmpsh).start();
-    goes_on(&[&source]);
-    let refused = |vm: &mut Vmm, why: &str| {
-        let said = vm.command("block_resize d0 4k");
-        assert_eq!(said, format!("Error: {why}\n"));
-    };
-    refused(
-        &mut destination,
-        "Guest is waiting for an incoming migration",
-    );
-    let port = destination.port();
-    source.command(&format!("migrate tcp:127.0.0.1:{port}"));
-    source.wait_migration("completed");
-    refused(&mut source, "The guest is elsewhere");
-    goes_on(&[&source, &destination]);
-    assert_eq!(guest.image.as_file().metadata().unwrap().len(), 1 << 20);
-    destination.quiet("block_resize d0 2M");
-    goes_on(&[&source, &destination]);
-}
-
 /// While the guest writes, what it wrote goes behind its image.
 #[test]
 fn committed_while_the_guest_writes() {

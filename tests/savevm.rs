@@ -507,7 +507,7 @@ fn none_is_left_in_part() {
     assert!(given_up > 0);
 }
 
-/// A daemon goes to `/`, and its images stay where they are.
+/// A daemon goes to `/`, and its files stay where they are.
 #[test]
 fn a_daemon_finds_what_it_was_started_with() {
     if !have(&[Hmpsh]) || !require(&[Need::QemuImg]) {
@@ -519,7 +519,9 @@ fn a_daemon_finds_what_it_was_started_with() {
         &["top"],
     );
     let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_hmpsh"));
-    command.args(["-daemonize", "-pidfile", "pid", "-m", "16"]);
+    command.args(["-daemonize", "-pidfile", "pid", "-m", "16", "-bios", "bios"]);
+    // A guest that halts.
+    std::fs::write(place.path("bios"), [0xf4; 64 << 10]).unwrap();
     command.args(["-monitor", "unix:monitor,server=on,wait=off"]);
     for (id, option) in [("d0", "used"), ("d1", "./top,cache=none")] {
         let drive = format!("if=none,id={id},file={option},format=qcow2");

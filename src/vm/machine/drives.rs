@@ -7,7 +7,6 @@ use crate::block::{Backend, Drive, SECTOR};
 use crate::config::{DriveConfig, MachineConfig};
 use crate::errno::Errno;
 use crate::vm::guest::Error;
-use crate::vm::run_state::RunState;
 
 impl Machine {
     /// All drives, in the order they were given.
@@ -84,7 +83,6 @@ impl Machine {
         if drive.is_read_only() {
             return Err(Error::State("Image is read-only".to_owned()));
         }
-        self.check_at_home(&drive)?;
         let resized = drive.as_owner(|| drive.resize(len.next_multiple_of(SECTOR)));
         let resized = resized.map_err(|error| Error::State(error.to_string()))?;
         resized.map_err(|error| Error::State(format!("Failed to resize: {}", Errno(&error))))?;
@@ -102,7 +100,6 @@ impl Machine {
     pub fn commit_drive(&self, id: &str) -> Result<(), Error> {
         let drive = self.idle_drive(id, |id| format!("Device '{id}' not found"))?;
         let failed = |why: String| Error::State(format!("'commit' error for '{id}': {why}"));
-        self.check_at_home(&drive)?;
         let done = drive.as_owner(|| drive.commit());
         let done = done.map_err(|error| failed(error.line()))?;
         done.map_err(|error| failed(Errno(&error).to_string()))
@@ -118,18 +115,6 @@ impl Machine {
             )));
         }
         Ok(drive)
-    }
-
-    /// An image that a disk uses is not ours while the guest is not here.
-    fn check_at_home(&self, drive: &Drive) -> Result<(), Error> {
-        let why = match self.current_run_state() {
-            _ if drive.disk().is_none() => return Ok(()),
-            RunState::InMigrate => "Guest is waiting for an incoming migration",
-            RunState::FinishMigrate => "The guest is being handed over",
-            RunState::PostMigrate => "The guest is elsewhere",
-            _ => return Ok(()),
-        };
-        Err(Error::State(why.to_owned()))
     }
 
     fn read_drives(&self) -> RwLockReadGuard<'_, Vec<Arc<Drive>>> {
