@@ -340,7 +340,8 @@ fn put(bitmap: &mut Bitmap, sector: u64, count: u32, bytes: Option<&[u8]>) -> Re
         .collect();
     // The disk may be longer here. What follows its end there stands for nothing.
     let used = (end % per_word).div_ceil(per_word / 64);
-    if used > 0 && numbers.last().is_some_and(|word| word >> used != 0) {
+    let is_in_part = (1..64).contains(&used);
+    if is_in_part && numbers.last().is_some_and(|word| word >> used != 0) {
         return Err(outside());
     }
     match bitmap.load((sector / per_word) as usize, &numbers) {
@@ -518,6 +519,28 @@ mod tests {
         assert_eq!(drive.bitmaps().info()[0].dirty, 2 * 4096);
         drive.zero(LEN - 512, 512, false).unwrap();
         assert_eq!(drive.bitmaps().info()[0].dirty, 3 * 4096);
+    }
+
+    /// The last granule of a word is there even if the disk ends within it.
+    #[test]
+    fn a_disk_may_end_anywhere_in_a_word() {
+        for (count, words, fits) in [
+            (504, Some(&[1 << 63][..]), false),
+            (505, Some(&[1 << 63]), true),
+            (511, Some(&[1 << 63]), true),
+            (511, None, true),
+            (512, Some(&[1 << 63]), true),
+        ] {
+            let drive = drive();
+            let records = [
+                record(Some("b"), start(ENABLED), false),
+                record(None, bits(0, count, words), false),
+                record(None, Body::Complete, true),
+            ];
+            let (load, result) = load(&drive, &records, true);
+            assert_eq!(result.is_ok(), fits, "{count}: {result:?}");
+            drop(load);
+        }
     }
 
     /// A disk of the longest kind, of which nothing is there.
