@@ -49,9 +49,12 @@ impl Crew {
 }
 
 impl Shared {
-    /// Starts another thread.
+    /// Starts another thread, if there may be one.
     pub(super) fn hire(self: &Arc<Self>) -> io::Result<()> {
         let mut threads = lock(&self.crew.threads);
+        if threads.len() >= THREADS {
+            return Ok(());
+        }
         let its = Arc::clone(self);
         let thread = std::thread::Builder::new()
             .name(format!("disk {}", self.slot))
@@ -105,7 +108,9 @@ impl Shared {
             has_cache: core.has_cache,
             on_error: self.on_error,
         };
-        let is_slow = self.crew.last.load(Ordering::Relaxed) > CALL.as_nanos() as u64;
+        // A fast one that came between says nothing of those that are not done yet.
+        let is_slow =
+            under_way > 1 || self.crew.last.load(Ordering::Relaxed) > CALL.as_nanos() as u64;
         // What comes while this one is executed is for others, who have to hear of it.
         let is_more = is_slow
             && under_way < THREADS
