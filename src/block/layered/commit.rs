@@ -1,6 +1,7 @@
 //! `commit`: what an image has goes into what is behind it, and the image is empty then.
 
 use std::io;
+use std::os::unix::fs::MetadataExt;
 
 use imago::FormatAccess;
 use imago::file::File as Storage;
@@ -22,7 +23,9 @@ impl Layered {
         // Our own locks on what is behind would keep us from writing there.
         let behind_it = own.behind.iter();
         behind_it.for_each(|source| lock::leave(source.file()));
-        let moved = self.move_behind(&own.image, behind);
+        let moved = self
+            .check_name(&own, behind)
+            .and_then(|()| self.move_behind(&own.image, behind));
         let emptied = moved.and_then(|()| {
             own.image.discard_to_backing(0, own.image.size())?;
             own.image.flush()
@@ -41,6 +44,20 @@ impl Layered {
         let locked = self.lock(&anew.behind);
         *access = Some(anew);
         emptied.and(locked.map_err(io::Error::other))
+    }
+
+    /// What is behind the image is opened for writing by its name, which must still be its.
+    fn check_name(&self, own: &Access, behind: &Layer) -> io::Result<()> {
+        let named = std::fs::metadata(self.options.directory.join(&behind.file))?;
+        let known = own.behind.first().map(|source| source.file().metadata());
+        let Some(known) = known.transpose()? else {
+            return Ok(());
+        };
+        if (named.dev(), named.ino()) == (known.dev(), known.ino()) {
+            return Ok(());
+        }
+        let text = format!("'{}' is another file than was opened", behind.file);
+        Err(io::Error::other(text))
     }
 
     fn move_behind(&self, from: &FormatAccess<Storage>, behind: &Layer) -> io::Result<()> {

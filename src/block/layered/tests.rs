@@ -337,6 +337,10 @@ fn names_matter_only_at_the_start() {
         image.release();
         image.claim().unwrap();
         is_well();
+        // What is written to is looked for by its name.
+        let refused = image.commit().unwrap_err().to_string();
+        assert_eq!(refused, "'base' is another file than was opened");
+        is_well();
         image.release();
         for name in ["top", "base"] {
             assert_eq!(std::fs::read(at(name)).unwrap(), b"another");
