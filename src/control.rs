@@ -288,8 +288,9 @@ impl Control {
 
     /// The last thing done before the program ends: no thread of ours survives it.
     pub fn shut_down(&self) {
-        let _alone = self.drives.write().unwrap_or_else(PoisonError::into_inner);
+        // First: a migration that failed changes drives too.
         self.end_job();
+        let _alone = self.drives.write().unwrap_or_else(PoisonError::into_inner);
         if self.run_state().is_running()
             && let Err(error) = self.machine().stop(RunState::Shutdown)
         {

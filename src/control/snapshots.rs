@@ -101,6 +101,8 @@ impl Control {
         match loaded.and_then(|fresh| revert(&found).map(|()| fresh)) {
             Ok(fresh) => {
                 self.at_odds.store(false, Ordering::SeqCst);
+                // Nobody starts it before it is known what it did.
+                fresh.set_run_state(RunState::RestoreVm);
                 *lock(&self.machine) = Arc::clone(&fresh);
                 let after = match before {
                     RunState::Running => RunState::Running,
@@ -223,7 +225,9 @@ impl Control {
         machine.listen();
         let Failed { error, is_half } = failed;
         if !is_half {
-            return both(Err(error), self.resume(machine, before));
+            // The second machine may have let go of them.
+            let claimed = machine.claim_drives().map_err(Error::from);
+            return both(both(Err(error), claimed), self.resume(machine, before));
         }
         self.at_odds.store(true, Ordering::SeqCst);
         machine.set_run_state(RunState::InternalError);
